@@ -1,0 +1,255 @@
+"""Records applied in order: the one place where the state of a learner changes.
+
+A record is a JSON object with `kind` and `seq`. Applying it is a function of the state and the record alone, so
+repeating the journal repeats the history. A record of several updates counts those that are done in `position`, and
+goes on after them when it is applied again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ogpstream.learner import peft_io
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.errors import StateError
+from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.report import RehearsalReport, SampleReport, Update
+from ogpstream.learner.state import LearnerState, Position
+from ogpstream.learner.update import Lesson, Updater
+from ogpstream.memory.replay import SlotFlag
+
+Record = dict[str, Any]
+Report = SampleReport | RehearsalReport | None
+
+_log = logging.getLogger(__name__)
+
+
+class Applier:
+    """Applies records to a state.
+
+    Args:
+        own: what identifies this learner in a snapshot: its config, the base model's fingerprint, the environment.
+    """
+
+    def __init__(
+        self,
+        state: LearnerState,
+        updater: Updater,
+        config: LearnerConfig,
+        folder: StateFolder | MemoryFolder,
+        own: dict[str, Any],
+    ) -> None:
+        self.state = state
+        self.updater = updater
+        self.config = config
+        self.folder = folder
+        self.own = own
+
+    def apply(self, record: Record) -> Generator[str, None, Report]:
+        """Apply one record; yields after every unit. Dropped half-way, the rest is done when it is applied again."""
+        report: Report
+        match record["kind"]:
+            case "sample":
+                report = yield from self._sample(record)
+            case "rehearse":
+                report = yield from self._rehearsals(record)
+            case _:
+                report = self._plain(record)
+        self.state.position = Position(record["seq"], 0)
+        return report
+
+    # records of updates
+
+    def _sample(self, record: Record) -> Generator[str, None, SampleReport]:
+        started = time.perf_counter()
+        counters, ring = self.state.counters, self.state.ring
+        loss = None
+        updates: list[Update] = []
+        if self.state.position.done == 0:
+            self._make_active(record["expert"])
+            lesson = Lesson(record["ids"], record["prompt_length"], again=False)
+            update = yield from self.updater.run(record["expert"], [lesson])
+            loss = update.losses[0]
+            counters.acknowledged += 1
+            counters.gradients += 1
+            if record["id"] is not None:
+                self.state.seen.add(record["id"])
+            if update.refusal is not None:
+                counters.rejected += 1
+                self.folder.quarantine({**record, "reason": update.refusal})
+                return self._report(record, "rejected", started, loss, updates, update.refusal)
+            counters.learned += 1
+            slot = ring.add(record["ids"], record["prompt_length"], expert=record["expert"], uid=record["seq"])
+            if slot is not None:
+                ring.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
+            updates.append(update)
+            self._commit()
+        every = self.config.replay_every
+        replays = 1 if every and counters.learned % every == 0 else 0
+        while self.state.position.done < 1 + replays + record["rehearsals"]:
+            # replay draws at random; rehearsal takes turns between that and what was not rehearsed yet
+            waiting = self.state.position.done > replays and counters.draws % 2 == 0
+            updates.append((yield from self._rehearse(waiting=waiting)))
+        return self._report(record, "learned", started, loss, updates, None)
+
+    def _report(self, record: Record, status: Any, started: float, loss: float | None, updates: list[Update],
+                reason: str | None) -> SampleReport:
+        return SampleReport(
+            record["id"], status, self.state.store.served.version, loss, len(record["ids"]), record["cut"],
+            (time.perf_counter() - started) * 1e3, sum(u.admitted for u in updates),
+            sum(u.replaced for u in updates), reason,
+        )
+
+    def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
+        updates: list[Update] = []
+        while self.state.position.done < record["updates"] and len(self.state.ring):
+            waiting = record["waiting_only"] or self.state.counters.draws % 2 == 0
+            updates.append((yield from self._rehearse(waiting=waiting)))
+        self.state.counters.consolidated_at = self.state.counters.learned
+        losses = [loss for update in updates for loss in update.losses]
+        return RehearsalReport(len(updates), self.state.store.served.version,
+                               sum(losses) / len(losses) if losses else None, sum(u.admitted for u in updates))
+
+    def _rehearse(self, *, waiting: bool) -> Generator[str, None, Update]:
+        """One update on an old sample: the oldest not rehearsed yet, if `waiting` and there is one, or a random one."""
+        ring, counters = self.state.ring, self.state.counters
+        pending = ring.pending() if waiting else []
+        slot = ring.get(pending[0] if pending else ring.draw(1, counter=counters.draws)[0])
+        self._make_active(slot.expert)
+        lesson = Lesson(slot.ids.tolist(), slot.prompt_length, again=True)
+        update = yield from self.updater.run(slot.expert, [lesson])
+        flags = SlotFlag.REHEARSED
+        if update.learned[0]:
+            flags |= SlotFlag.LEARNED
+        if update.admitted:
+            flags |= SlotFlag.PROTECTED
+        measured = update.refusal is None
+        ring.mark(slot.slot, flags, loss=update.losses[0] if measured else None,
+                  gradient_norm=update.gradient_norms[0] if measured else None, updates=1)
+        counters.draws += 1
+        counters.gradients += 1
+        self._commit()
+        return update
+
+    def _commit(self) -> None:
+        """One update of the current record is in the state; every so many, it is saved."""
+        self.state.position.done += 1
+        self.state.counters.updates += 1
+        if self.state.counters.updates % self.config.snapshot_every == 0:
+            self.checkpoint()
+
+    # records without an update
+
+    def _plain(self, record: Record) -> SampleReport | None:
+        counters, version = self.state.counters, self.state.store.served.version
+        match record["kind"]:
+            case "refused" | "kept" as kind:
+                counters.acknowledged += 1
+                if record["id"] is not None:
+                    self.state.seen.add(record["id"])
+                if kind == "refused":
+                    counters.rejected += 1
+                    return SampleReport(record["id"], "rejected", version, reason=record["reason"])
+                counters.quarantined += 1
+                self.folder.quarantine(record)
+                return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
+            case "expert":
+                self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])
+            case "import":
+                adapter = peft_io.read_adapter(record["folder"], self.updater.attachment)
+                self.adopt(record["name"], adapter.rank, adapter.scaling, adapter.factors)
+            case "activate":
+                self.serve(record["gates"])
+            case "rollback":
+                self._roll_back(record)
+            case kind:
+                raise StateError(f"record {record['seq']} of the journal has the unknown kind {kind!r}: "
+                                 "use the version that wrote it")
+        return None
+
+    def adopt(self, name: str, rank: int, scaling: float,
+              factors: list[tuple[Tensor, Tensor] | None] | None = None) -> None:
+        """A new expert, folded against the P of now.
+
+        Args:
+            factors: (A, B) by site; where there are none, A is N(0, 1/D_in), drawn from the seed and the name, and B 0.
+        """
+        store = self.state.store
+        layout = store.layout(rank)
+        slab = torch.zeros(layout.numel, dtype=store.dtype)
+        key = hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        for index, site in enumerate(store.sites):
+            # drawn in any case, so that one site's factors do not depend on which others are given
+            start = torch.randn(site.d_in, rank, generator=generator, dtype=store.dtype) / site.d_in**0.5
+            given = None if factors is None else factors[index]
+            layout.a(slab, index).copy_(start if given is None else given[0])
+            if given is not None:
+                layout.b(slab, index).copy_(given[1])
+        self.state.protection.fold(store.create(name, rank, scaling, slab))
+
+    def serve(self, gates: Mapping[str, float]) -> None:
+        """Make exactly these experts active, each folded against the P of now, and publish."""
+        store = self.state.store
+        for name in tuple(store.active):
+            if name not in gates:
+                store.deactivate(name)
+        for name, gate in gates.items():
+            self.state.protection.fold(store.expert(name))
+            store.activate(name, gate)
+        self.updater.publish()
+
+    def _make_active(self, name: str) -> None:
+        """An expert must be served to be trained; the least recently used one makes room."""
+        store = self.state.store
+        if name not in store.active:
+            self.state.protection.fold(store.expert(name))
+            store.activate(name)
+            self.updater.publish()
+
+    def _roll_back(self, record: Record) -> None:
+        snapshot = self.folder.load(record["to"])
+        state = self.state
+        counters, seen, version = state.counters, state.seen.state_dict(), state.store.served.version
+        state.restore(snapshot.tensors, snapshot.meta)
+        for undone in self.folder.records(state.position.seq):
+            if undone["kind"] == "sample" and undone["seq"] < record["seq"]:
+                self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
+        # what was brought before stays known, so that a rerun of its file does not learn it again
+        state.seen.load_state_dict(seen)
+        learned = state.counters.learned
+        state.counters = replace(counters, learned=learned,
+                                 quarantined=counters.quarantined + counters.learned - learned)
+        self.updater.attachment.binding.served = state.store.publish(version + 1)
+
+    # snapshots
+
+    def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, meta = self.state.capture()
+        return tensors, {**meta, **self.own}
+
+    def checkpoint(self) -> None:
+        self.folder.save(self.state.store.served.version, *self.capture())
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over a snapshot and serve it.
+
+        Raises:
+            StateError: it belongs to another base model.
+        """
+        if meta["base"] != self.own["base"]:
+            raise StateError("the state belongs to another base model: give the model it was made with, "
+                             "or choose another state folder")
+        if meta["environment"] != self.own["environment"]:
+            _log.warning("the state was written with %s, this is %s: going on, but not bit for bit",
+                         meta["environment"], self.own["environment"])
+        self.state.restore(tensors, meta)
+        self.updater.attachment.binding.served = self.state.store.served

@@ -1,0 +1,136 @@
+"""Settings of a learner: one flat, frozen dataclass; every field says its unit and why it has its value."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from ogpstream.learner.errors import ConfigError
+
+Optimizer = Literal["adam", "sgd"]
+Guard = Literal["fold", "gradient", "none"]
+BasisScope = Literal["layer", "shared"]
+RingKeep = Literal["recent", "reservoir"]
+RingDraw = Literal["uniform", "loss", "gradient_norm"]
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How a `StreamLearner` adapts, protects, replays and saves.
+
+    `LearnerConfig.literal()` is the written specification's own setting (dA projected before plain SGD at 1e-4,
+    one basis for all layers); it is kept for comparison, since it does not prevent forgetting.
+
+    Raises:
+        ConfigError: a value is out of range or does not fit the others.
+    """
+
+    # adapter
+    rank: int = 8  # r, columns of A
+    alpha: float = 16.0  # scaling = alpha / rank
+    target_modules: str | tuple[str, ...] | None = "all-linear"  # as in PEFT; None is PEFT's choice for the model
+    max_active: int = 2  # experts on the device at once; the least recently used one leaves
+
+    # optimizer
+    optimizer: Optimizer = "adam"
+    lr: float = 1e-3  # per update; constant after the warmup, since a stream has no end
+    betas: tuple[float, float] = (0.9, 0.99)  # 0.99: a second moment of 100 updates follows a stream, 0.999 lags it
+    eps: float = 1e-8  # relative to the rms of sqrt(v): some models have gradients of 1e-7
+    weight_decay: float = 0.0  # decoupled (AdamW)
+    warmup: int = 0  # updates of an expert over which lr rises linearly
+    total_updates: int | None = None  # given: cosine decay to 0 at this update of an expert
+
+    # protection
+    guard: Guard = "fold"  # "gradient" projects dA only (the specification's form), "none" is plain LoRA
+    basis_scope: BasisScope = "layer"  # one P per distinct linear input, or one per input width
+    basis_columns: int = 256  # m, at most; the basis also stays below `basis_share` of the width
+    basis_share: float = 0.75  # of D_in that P may take: the rest is the room to learn
+    novelty: float = 0.5  # |u - P P.T u| above which a candidate direction u joins P
+    learned_below: float = 0.5  # nats per token under which an updated sample counts as learned
+    directions_per_sample: int = 2  # candidates per linear input and learned sample
+    held_rank: int | None = 16  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
+    use_window: int = 1000  # updates over which the use of a direction is counted
+
+    # warm start of P
+    warm_start: bool = True  # protect what the base model itself uses, before the first update
+    warm_energy: float = 0.9  # share of the base's input energy that is protected
+    warm_share: float = 0.5  # of m, at most, for these directions
+    warm_samples: int = 64  # of the model's own, where no calibration text is given
+    warm_tokens: int = 96  # tokens each
+
+    # replay and rehearsal
+    ring_samples: int = 4096  # slots of the replay ring
+    ring_keep: RingKeep = "reservoir"  # which samples stay when it is full
+    ring_draw: RingDraw = "uniform"
+    replay_every: int = 16  # new samples per replayed one; 0 never replays
+    rehearsals: int = 1  # updates on old samples per new one where there is no idle time (`learn`, `learn_batch`)
+
+    # samples
+    max_tokens: int = 1024  # T, also bounded by the model's positions; prompts are cut from the left
+    append_eos: bool = False  # end token after a plain-text completion
+    loss_chunk: int = 128  # supervised rows whose logits exist at once
+
+    # durability
+    snapshot_every: int = 100  # updates between snapshots of the state folder
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in ("optimizer", "guard", "basis_scope", "ring_keep", "ring_draw"):
+            allowed = get_args(hints[name])
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
+        positive = ("rank", "alpha", "max_active", "lr", "basis_columns", "use_window", "warm_samples", "warm_tokens",
+                    "ring_samples", "max_tokens", "loss_chunk", "snapshot_every", "learned_below")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
+        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("basis_share", "novelty", "warm_energy", "warm_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        if self.held_rank is not None and self.held_rank < 1:
+            raise ConfigError(f"held_rank is {self.held_rank}: it must be at least 1, or null to keep all")
+        if self.total_updates is not None and self.total_updates <= self.warmup:
+            raise ConfigError(f"total_updates is {self.total_updates}: it must exceed warmup ({self.warmup})")
+        if self.max_tokens < 2:
+            raise ConfigError(f"max_tokens is {self.max_tokens}: one context and one supervised token are the least")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, the factor of A B in the forward."""
+        return self.alpha / self.rank
+
+    @classmethod
+    def literal(cls, **changes: Any) -> LearnerConfig:
+        """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
+        spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", warm_start=False,
+                                    directions_per_sample=1, rehearsals=0)
+        return cls(**{**spec, **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LearnerConfig:
+        """Settings from JSON values; an unknown key is an error that names it."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**read)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; `from_dict` reads them back to an equal configuration."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def learning_rate(self, update: int) -> float:
+        """Rate of the given update of an expert (0 is its first): linear warmup, then constant or cosine to 0."""
+        if update < self.warmup:
+            return self.lr * (update + 1) / (self.warmup + 1)
+        if self.total_updates is None:
+            return self.lr
+        done = min(1.0, (update - self.warmup) / (self.total_updates - self.warmup))
+        return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))

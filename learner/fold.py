@@ -1,0 +1,92 @@
+"""The fold: what an expert does along a direction moves from its plastic to its held part when P takes the direction.
+
+An expert computes x W with W = scaling A B + U V. With the invariant P.T A = 0 no change of A or B can move x W for x
+in span(P). When orthonormal directions N join P, the fold keeps the invariant without changing W:
+
+    U V  <-  U V + N (scaling * N.T A B)          A  <-  A - N (N.T A)
+
+The sum has rank k + min(j, r); two thin QRs and one small SVD cut it back to rank r_c. What the cut drops is returned,
+never silent: it is the only thing that moves span(P).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ogpstream.memory.adapters import Held
+
+# singular values under this share of the largest are rounding (fp32 factors carry 6e-8), not content
+NEGLIGIBLE = 1e-9
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a cut dropped: its first singular value (a bound on the change of x W per |x|) and the energy of all."""
+
+    first: float
+    energy: float
+
+
+def remove(block: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Take orthonormal directions out of a block of factors.
+
+    Args:
+        block: A of all linears that share the input, shape `[D_in, K]`.
+        directions: N, shape `[D_in, j]`.
+
+    Returns:
+        The block with N.T block = 0 and the coefficients N.T block, shape `[j, K]`.
+    """
+    coefficients = directions.T @ block
+    block = block - directions @ coefficients
+    # a second pass takes out what the first one's rounding left: 2e-7 of the block becomes 1e-8
+    rest = directions.T @ block
+    return block - directions @ rest, coefficients + rest
+
+
+def add_to_held(held: Held, directions: Tensor, coefficients: Tensor, B: Tensor, scaling: float,
+                held_rank: int | None) -> tuple[Held, Cut]:
+    """Add N (scaling * C B) to the held part and cut it to `held_rank` (None: no cut).
+
+    Args:
+        held: U `[D_in, k]` and V `[k, D_out]`.
+        directions: N, shape `[D_in, j]`.
+        coefficients: C = N.T A of this linear, shape `[j, r]`.
+        B: shape `[r, D_out]`.
+
+    Returns:
+        The new held part and what was dropped.
+    """
+    j, r = coefficients.shape
+    if not bool(B.any()) or not bool(coefficients.any()):
+        return held, Cut(0.0, 0.0)
+    if j <= r:
+        left, right = directions, scaling * (coefficients @ B)
+    else:
+        left, right = directions @ coefficients, scaling * B
+    U, V = torch.cat([held.U, left], 1), torch.cat([held.V, right], 0)
+    if held_rank is None:
+        return Held(U, V), Cut(0.0, 0.0)
+    return cut(U, V, held_rank)
+
+
+def cut(U: Tensor, V: Tensor, rank: int) -> tuple[Held, Cut]:
+    """Best approximation of U V of the given rank, balanced between both factors.
+
+    Re-cutting happens hundreds of times, so it runs in float64 and is stored in the dtype of U.
+
+    Args:
+        U: shape `[D_in, k]`.
+        V: shape `[k, D_out]`.
+    """
+    q_left, r_left = torch.linalg.qr(U.double())
+    q_right, r_right = torch.linalg.qr(V.double().T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    keep = min(rank, int((s > NEGLIGIBLE * s[0]).sum()))
+    root = s[:keep].sqrt()
+    held = Held(((q_left @ u[:, :keep]) * root).to(U.dtype), (root[:, None] * (q_right @ vt[:keep].T).T).to(V.dtype))
+    dropped = s[keep:] if keep == rank else s[:0]
+    return held, Cut(float(dropped[0]) if len(dropped) else 0.0, float((dropped**2).sum()))

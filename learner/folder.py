@@ -1,0 +1,177 @@
+"""A state folder: the journal of everything that was acknowledged, snapshots of the state, and the quarantine.
+
+A sample is acknowledged once its record is on disk. Recovery is the newest valid snapshot and the journal after it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ogpstream.learner.errors import StateError
+from ogpstream.memory.journal import Journal, JournalDamaged, JournalFailed, JournalLocked, canonical_json
+from ogpstream.memory.snapshot import Snapshot, SnapshotDamaged, SnapshotFormat, SnapshotStore
+
+
+class StateFolder:
+    """The folder of one learner, opened by one process at a time.
+
+    Args:
+        path: made if missing.
+        readonly: look without a lock and without changing anything.
+
+    Raises:
+        StateError: it cannot be written, is in use, or is damaged beyond the last record.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, readonly: bool = False) -> None:
+        self.path = Path(path)
+        with self._named():
+            if readonly and not (self.path / "snapshots").is_dir():
+                raise StateError(f"{self.path} holds no learner state: give the folder that `learn --state` wrote")
+            if not readonly:
+                self.path.mkdir(parents=True, exist_ok=True)
+            self.journal = Journal(self.path / "journal", readonly=readonly)
+            try:
+                self.snapshots = SnapshotStore(self.path / "snapshots", readonly=readonly)
+            except BaseException:
+                self.journal.close()
+                raise
+
+    @property
+    def empty(self) -> bool:
+        """Nothing was ever saved here."""
+        return not self.snapshots.versions()
+
+    def load(self, version: int | None = None) -> Snapshot:
+        """A snapshot, by default the newest valid one.
+
+        Raises:
+            StateError: there is none.
+        """
+        with self._named():
+            known = self.snapshots.versions()
+            if version is not None and version not in known:
+                raise StateError(f"{self.path} has no version {version}: it has "
+                                 f"{', '.join(map(str, known)) or 'none'}")
+            snapshot = self.snapshots.load(version)
+        if snapshot is None:
+            raise StateError(f"{self.path} holds no learner state")
+        return snapshot
+
+    def append(self, record: dict[str, Any]) -> int:
+        with self._named():
+            return self.journal.append(record)
+
+    def sync(self) -> None:
+        """Make all appended records durable: the acknowledgement."""
+        with self._named():
+            self.journal.sync()
+
+    def records(self, after: int) -> Iterator[dict[str, Any]]:
+        with self._named():
+            yield from self.journal.records(after)
+
+    def save(self, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Write a snapshot and drop the journal that no kept snapshot needs any more."""
+        with self._named():
+            self.journal.sync()
+            self.snapshots.save(version, tensors, meta)
+            self.journal.rotate()
+            # pinned older snapshots are whole by themselves: only the newest ones need the journal behind them
+            newest = sorted(self.snapshots.versions())[-self.snapshots.keep :]
+            metas = [self.snapshots.meta(kept) for kept in newest]
+            self.journal.drop_before(min(m["position"]["seq"] for m in metas if m is not None))
+
+    def quarantine(self, entry: Mapping[str, Any]) -> None:
+        """Keep a sample that is not learned, with the reason, for a person to review."""
+        with self._named(), open(self.path / "quarantine.jsonl", "ab") as file:
+            file.write(canonical_json(entry) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def keep_import(self, adapter: Path, name: str) -> Path:
+        """Copy an adapter folder in, so that the journal can name it; returns the copy."""
+        with self._named():
+            copy = self.path / "imports" / f"{name}-{self.journal.last_seq + 1}"
+            shutil.copytree(adapter, copy, dirs_exist_ok=True)
+            for file in copy.iterdir():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+            return copy
+
+    def versions(self) -> list[int]:
+        return sorted(self.snapshots.versions())
+
+    def pin(self, version: int, name: str) -> None:
+        """Keep a snapshot beyond the newest ones."""
+        with self._named():
+            self.snapshots.pin(version, name)
+
+    def close(self) -> None:
+        self.journal.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn what the disk and the files say into one line with the folder and a remedy."""
+        try:
+            yield
+        except (JournalDamaged, SnapshotDamaged) as error:
+            raise StateError(f"{self.path} is damaged: {error}; restore the folder from a copy") from error
+        except SnapshotFormat as error:
+            raise StateError(f"{self.path}: {error}") from error
+        except JournalLocked as error:
+            raise StateError(f"{self.path} is in use by another process: stop it first") from error
+        except JournalFailed as error:
+            raise StateError(f"{self.path} cannot be written any more: {error}; check the disk, restart") from error
+        except OSError as error:
+            raise StateError(f"{self.path} cannot be used: {error.strerror or error}; "
+                             "choose a folder that can be written") from error
+
+
+class MemoryFolder:
+    """The same for a learner without a folder: nothing outlives the process; the latest two saves are kept."""
+
+    def __init__(self) -> None:
+        self._last_seq = 0
+        self._saves: dict[int, Snapshot] = {}
+
+    def load(self, version: int | None = None) -> Snapshot:
+        return self._saves[max(self._saves) if version is None else version]
+
+    def append(self, record: dict[str, Any]) -> int:
+        self._last_seq += 1
+        return self._last_seq
+
+    def sync(self) -> None:
+        """Nothing is written."""
+
+    def records(self, after: int) -> Iterator[dict[str, Any]]:
+        """None are kept."""
+        return iter(())
+
+    def save(self, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        self._saves[version] = Snapshot({name: t.clone() for name, t in tensors.items()}, dict(meta), version)
+        for old in sorted(self._saves)[:-2]:
+            del self._saves[old]
+
+    def quarantine(self, entry: Mapping[str, Any]) -> None:
+        """Counted by the learner, kept nowhere."""
+
+    def keep_import(self, adapter: Path, name: str) -> Path:
+        return adapter
+
+    def versions(self) -> list[int]:
+        return sorted(self._saves)
+
+    def pin(self, version: int, name: str) -> None:
+        """The next two saves may still be made before it is needed again."""
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,505 @@
+"""The learner: corrections come in one by one, a frozen model's adapters learn them, and nothing is forgotten.
+
+Whatever changes the state is a record: acknowledged in the journal first, then applied in order. Recovery repeats the
+records after the newest snapshot, so a run that was killed ends in the state of the one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ogpstream.learner import peft_io, warmstart
+from ogpstream.learner.apply import Applier, Record, Report
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
+from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.protection import Protection
+from ogpstream.learner.report import RehearsalReport, SampleReport
+from ogpstream.learner.samples import Encoded, Refused, Sample, encode
+from ogpstream.learner.sites import attach
+from ogpstream.learner.state import Counters, LearnerState, Position, environment, fingerprint
+from ogpstream.learner.update import Updater
+from ogpstream.memory.adapters import AdapterStore, Expert, UnknownExpert
+from ogpstream.memory.replay import ReplayRing
+from ogpstream.memory.seen import SeenIds
+
+DEFAULT_EXPERT = "default"
+# inference steps after which new samples in the ring are consolidated (the specification's third trigger)
+PERIOD = 1000
+# ids a ring slot holds, prompt and completion together
+SLOT_TOKENS = 1024
+
+Verifier = Callable[[str, str], Sample | None]
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+class StreamLearner:
+    """Learns single samples into LoRA experts of a frozen model, with what was learned protected.
+
+    The model object stays the caller's: its adapted linears serve the newest version at once. Not thread-safe: one
+    thread learns; others may run forwards of the model meanwhile.
+
+    Args:
+        model: a decoder of transformers without PEFT layers; frozen and put in eval mode.
+        tokenizer: needed for samples given as text; its bos starts the model's own samples.
+        state_dir: where to journal and save; None keeps everything in memory. It must hold no state: `load_state`
+            continues one.
+        calibration: texts the base model should stay good at, for the warm start; None uses its own samples.
+        verifier: called by `observe` with (prompt, answer); returns a corrected sample for an answer it rejects.
+
+    Raises:
+        ConfigError, ModelError, StateError.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: LearnerConfig | None = None,
+        *,
+        state_dir: str | os.PathLike[str] | None = None,
+        calibration: Sequence[str] | None = None,
+        verifier: Verifier | None = None,
+    ) -> None:
+        self._build(model, tokenizer, config or LearnerConfig(), verifier)
+        if state_dir is not None:
+            folder = StateFolder(state_dir)
+            if not folder.empty:
+                folder.close()
+                self.attachment.detach()
+                raise StateError(f"{state_dir} holds a state already: continue it with StreamLearner.load_state")
+            self._applier.folder = folder
+        if self.config.warm_start and self.config.guard == "fold":
+            self._warm_start(calibration)
+        self._applier.adopt(DEFAULT_EXPERT, self.config.rank, self.config.scaling)
+        self._applier.serve({DEFAULT_EXPERT: 1.0})
+        self.save_state()
+
+    @classmethod
+    def load_state(
+        cls,
+        state_dir: str | os.PathLike[str],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        verifier: Verifier | None = None,
+    ) -> StreamLearner:
+        """Continue from a state folder: newest valid snapshot, then the journal after it.
+
+        Raises:
+            StateError: the folder is of another base model, damaged, in use, or cannot be written.
+        """
+        folder = StateFolder(state_dir)
+        try:
+            snapshot = folder.load()
+            learner = cls.__new__(cls)
+            learner._build(model, tokenizer, LearnerConfig.from_dict(snapshot.meta["config"]), verifier)
+            learner._applier.folder = folder
+            try:
+                learner._applier.restore(snapshot.tensors, snapshot.meta)
+                learner._pending.extend(folder.records(learner.state.position.seq))
+                learner.drain()
+            except BaseException:
+                learner.attachment.detach()
+                raise
+        except BaseException:
+            folder.close()
+            raise
+        return learner
+
+    def _build(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: LearnerConfig,
+        verifier: Verifier | None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.verifier = verifier
+        modules = config.target_modules
+        self.attachment = attach(
+            model,
+            rank=config.rank,
+            target_modules=list(modules) if isinstance(modules, tuple) else modules,
+            basis_scope=config.basis_scope,
+        )
+        text = model.config.get_text_config()
+        self.vocab_size: int = text.vocab_size
+        positions = getattr(text, "max_position_embeddings", None) or SLOT_TOKENS
+        self.max_tokens: int = min(config.max_tokens, positions, SLOT_TOKENS)
+        master = torch.float64 if model.dtype == torch.float64 else torch.float32
+        self.state = LearnerState(
+            AdapterStore(self.attachment.shapes, dtype=master, serve_dtype=model.dtype, device=model.device,
+                         max_active=config.max_active),
+            Protection(self.attachment.shapes, config),
+            ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=self.vocab_size, keep=config.ring_keep,
+                       draw=config.ring_draw, seed=config.seed),
+            SeenIds(),
+            Counters(),
+            Position(),
+        )
+        self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
+        own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model)}
+        self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own)
+        self._pending: deque[Record] = deque()
+        self._steps = 0  # inference steps since the last period; no state: a restarted server counts anew
+        self.last_report: SampleReport | None = None
+        try:
+            self._updater.walk.check(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        except ModelError:
+            self.attachment.detach()
+            raise
+
+    # what users read
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The caller's model; its adapted linears compute with the version that is served."""
+        return self.attachment.model
+
+    @property
+    def version(self) -> int:
+        """Of the adapters that are served; each publish counts one up."""
+        served = self.state.store.served
+        return served.version
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.state.store.names
+
+    @property
+    def pending(self) -> int:
+        """Acknowledged records that are not, or not wholly, applied."""
+        return len(self._pending)
+
+    def state_sha256(self) -> str:
+        """Hash of the whole state; equal for equal histories on the same build, device and thread count."""
+        return self.state.sha256()
+
+    def state_bytes(self) -> int:
+        """Bytes of masters, moments, held parts, bases and ring."""
+        tensors, _ = self.state.capture()
+        return sum(t.nbytes for t in tensors.values())
+
+    def status(self) -> dict[str, Any]:
+        """The fields of `ogpstream status`."""
+        counters = self.state.counters
+        return {
+            "healthy": True,
+            "acknowledged": counters.acknowledged,
+            "learned": counters.learned,
+            "rejected": counters.rejected,
+            "quarantined": counters.quarantined,
+            "pending": self.pending,
+            "version": self.version,
+            "updates": counters.updates,
+            "basis_columns": self.state.protection.columns,
+            "ring_samples": len(self.state.ring),
+            "experts": list(self.experts),
+            "state_sha256": self.state_sha256(),
+        }
+
+    # learning
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Token ids of a sample for this model.
+
+        Raises:
+            SampleError: nothing can be learned from it, or its expert is unknown.
+        """
+        if sample.expert not in self.experts:
+            raise SampleError(f"unknown expert {sample.expert!r}: known are {', '.join(self.experts)}; "
+                              "add_expert makes a new one")
+        if self.tokenizer is None and sample.prompt_ids is None:
+            raise SampleError("the learner was made without a tokenizer: give prompt_ids and completion_ids")
+        return encode(sample, self.tokenizer, vocab_size=self.vocab_size, max_tokens=self.max_tokens,
+                      append_eos=self.config.append_eos)
+
+    def learn_one(self, sample: Sample) -> SampleReport:
+        """Learn one sample: one update, and one replayed sample with every 16th.
+
+        Raises:
+            SampleError: the sample is unusable; the state is unharmed.
+        """
+        return _exhaust(self.step(sample))
+
+    def step(self, sample: Sample) -> Generator[str, None, SampleReport]:
+        """`learn_one` as a generator that stops after every unit of work.
+
+        The sample is acknowledged before the first unit. Closing the generator aborts the unit's update; the sample
+        stays pending and is learned by the next call of any learning method.
+        """
+        if self._known(sample):
+            self.last_report = SampleReport(sample.id, "skipped", self.version)
+            return self.last_report
+        self._acknowledge([self._record(sample, rehearsals=0)])
+        report = yield from self._drain()
+        assert isinstance(report, SampleReport)
+        return report
+
+    def learn_batch(self, samples: Iterable[Sample | Refused], *, refuse: bool = False) -> list[SampleReport]:
+        """Learn samples one after the other, with `config.rehearsals` updates on old samples after each.
+
+        All are acknowledged together first; those whose id was brought before are left out.
+
+        Args:
+            samples: a `Refused` stands for a line of a stream that is no sample; it is recorded, so that a rerun of
+                the stream does not count it again.
+            refuse: record unusable samples the same way instead of raising; without an id they are just left out.
+
+        Raises:
+            SampleError: one of them is unusable; none of them is acknowledged then.
+        """
+        self.drain()
+        records = []
+        known: set[str] = set()
+        for sample in samples:
+            if sample.id is not None and (sample.id in known or sample.id in self.state.seen):
+                continue
+            if isinstance(sample, Refused):
+                record = _refusal(sample.id, sample.reason)
+            else:
+                try:
+                    record = self._record(sample, rehearsals=self.config.rehearsals)
+                except SampleError as error:
+                    if not refuse:
+                        raise
+                    if sample.id is None:
+                        continue
+                    record = _refusal(sample.id, str(error))
+            records.append(record)
+            if sample.id is not None:
+                known.add(sample.id)
+        self._acknowledge(records)
+        reports = []
+        while self._pending:
+            report = _exhaust(self._apply_next())
+            assert isinstance(report, SampleReport)
+            reports.append(report)
+        return reports
+
+    def correct(self, prompt: str, completion: str, *, expert: str = DEFAULT_EXPERT) -> SampleReport:
+        """Trigger 1: a user says what the answer should have been."""
+        return self.learn_one(Sample(prompt=prompt, completion=completion, expert=expert, source="user"))
+
+    def observe(self, steps: int = 1, *, prompt: str | None = None, answer: str | None = None) -> SampleReport | None:
+        """Tell of served requests: triggers 2 and 3.
+
+        The verifier, if there is one, looks at (prompt, answer) and may give a correction, which is learned. After
+        every 1000 inference steps the ring is consolidated if it has new samples.
+
+        Returns:
+            The report of a correction that was learned.
+        """
+        report = None
+        if self.verifier is not None and prompt is not None and answer is not None:
+            correction = self.verifier(prompt, answer)
+            if correction is not None:
+                report = self.learn_one(correction)
+        self._steps += steps
+        counters = self.state.counters
+        if self._steps >= PERIOD:
+            self._steps %= PERIOD
+            if counters.learned > counters.consolidated_at:
+                self.consolidate()
+        return report
+
+    def consolidate(self, updates: int | None = None) -> RehearsalReport:
+        """Rehearse samples of the ring: by default each that was not rehearsed yet, or the given number of updates.
+
+        What is learned by then joins P. The idle time of a server is the place for it.
+        """
+        self.drain()
+        count = len(self.state.ring.pending()) if updates is None else updates
+        if not count or not len(self.state.ring):
+            return RehearsalReport(0, self.version)
+        self._acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])
+        report = self.drain()
+        assert isinstance(report, RehearsalReport)
+        return report
+
+    def drain(self) -> Report:
+        """Apply everything that is acknowledged and pending; the report of the last record."""
+        return _exhaust(self._drain())
+
+    # experts
+
+    def add_expert(self, name: str, *, rank: int | None = None) -> None:
+        """A new expert that computes nothing yet.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if name in self.experts:
+            raise ConfigError(f"there is an expert {name!r} already")
+        self._acknowledge([{"kind": "expert", "name": name, "rank": rank or self.config.rank}])
+        self.drain()
+
+    def activate(self, gates: dict[str, float]) -> None:
+        """Serve exactly these experts, with these gates.
+
+        Raises:
+            ConfigError: one is unknown, or they are more than `max_active`.
+        """
+        unknown = sorted(set(gates) - set(self.experts))
+        if unknown or not 0 < len(gates) <= self.config.max_active:
+            raise ConfigError(f"cannot serve {', '.join(gates) or 'nothing'}: give 1 to {self.config.max_active} of "
+                              f"{', '.join(self.experts)}")
+        self._acknowledge([{"kind": "activate", "gates": gates}])
+        self.drain()
+
+    def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT) -> Path:
+        """Write one expert, plastic and held part as one LoRA of rank r + r_c, as a PEFT adapter folder."""
+        source = self._expert(expert)
+        factors = []
+        for index in range(len(self.attachment.sites)):
+            held = source.held[index]
+            factors.append((torch.cat([source.a(index), held.U], 1),
+                            torch.cat([source.scaling * source.b(index), held.V], 0)))
+        name = self.model.config.name_or_path
+        peft_io.export_adapter(folder, model=self.model, attachment=self.attachment, factors=factors,
+                               base_model_name=name)
+        return Path(folder)
+
+    def import_peft(self, folder: str | os.PathLike[str], expert: str) -> None:
+        """Take an adapter that was trained elsewhere as a new expert; it keeps its rank and can be trained on.
+
+        Raises:
+            StateError, ModelError: it cannot be read or does not fit the adapted linears.
+            ConfigError: the name is taken.
+        """
+        if expert in self.experts:
+            raise ConfigError(f"there is an expert {expert!r} already")
+        peft_io.read_adapter(folder, self.attachment)
+        # the journal names the adapter, so the state folder keeps a copy of it
+        source = self._applier.folder.keep_import(Path(folder), expert)
+        self._acknowledge([{"kind": "import", "name": expert, "folder": str(source)}])
+        self.drain()
+
+    # state
+
+    def save_state(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Write a snapshot into the state folder, or a copy of the state into a new one.
+
+        `load_state` continues either. A learner without a state folder keeps its latest two in memory.
+
+        Raises:
+            StateError: the folder cannot be written, or holds another state.
+        """
+        if folder is None:
+            self._applier.checkpoint()
+            return
+        other = StateFolder(folder)
+        try:
+            if not other.empty:
+                raise StateError(f"{folder} holds a state already: choose another folder")
+            self.drain()
+            tensors, meta = self._applier.capture()
+            # its journal starts anew
+            other.save(self.version, tensors, {**meta, "position": {"seq": 0, "done": 0}})
+        finally:
+            other.close()
+
+    def versions(self) -> list[int]:
+        """Versions that `rollback` can return to, oldest first."""
+        return self._applier.folder.versions()
+
+    def rollback(self, version: int) -> None:
+        """Return to a saved version, published as a new one; samples learned since go to quarantine.
+
+        Raises:
+            StateError: there is no such version.
+        """
+        if version not in self.versions():
+            raise StateError(f"no version {version} to return to: there are {', '.join(map(str, self.versions()))}")
+        # kept for as long as the journal may repeat this rollback
+        self._applier.folder.pin(version, "rollback")
+        self._acknowledge([{"kind": "rollback", "to": version}])
+        self.drain()
+        self.save_state()
+
+    def close(self) -> None:
+        """Release the state folder and take the adapters out of the model."""
+        self._applier.folder.close()
+        self.attachment.detach()
+
+    # records: acknowledged in the journal, then applied in order
+
+    def _known(self, sample: Sample) -> bool:
+        return sample.id is not None and sample.id in self.state.seen
+
+    def _record(self, sample: Sample, *, rehearsals: int) -> Record:
+        if not sample.trained:
+            return {"kind": "kept", "id": sample.id, "reason": "marked as wrong by its source",
+                    "sample": sample.to_dict()}
+        encoded = self.encode(sample)
+        return {"kind": "sample", "id": sample.id, "ids": list(encoded.ids), "prompt_length": encoded.prompt_length,
+                "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals}
+
+    def _acknowledge(self, records: Sequence[Record]) -> None:
+        folder = self._applier.folder
+        written = [{**record, "seq": folder.append(record)} for record in records]
+        folder.sync()
+        self._pending.extend(written)
+
+    def _drain(self) -> Generator[str, None, Report]:
+        report = None
+        while self._pending:
+            report = yield from self._apply_next()
+        return report
+
+    def _apply_next(self) -> Generator[str, None, Report]:
+        report = yield from self._applier.apply(self._pending[0])
+        self._pending.popleft()
+        if isinstance(report, SampleReport):
+            self.last_report = report
+        return report
+
+    def _expert(self, name: str) -> Expert:
+        try:
+            return self.state.store.expert(name)
+        except UnknownExpert as error:
+            raise ConfigError(str(error)) from None
+
+    def _warm_start(self, calibration: Sequence[str] | None) -> None:
+        """Protect what the base model uses on calibration texts, or on samples of its own."""
+        config = self.config
+        if calibration is None:
+            first = None if self.tokenizer is None else self.tokenizer.bos_token_id
+            texts = warmstart.own_samples(self.attachment, count=config.warm_samples, tokens=config.warm_tokens,
+                                          seed=config.seed, first=first)
+        else:
+            if self.tokenizer is None:
+                raise ConfigError("calibration texts need a tokenizer: give one, or no texts")
+            texts = [ids for text in calibration if (ids := self.tokenizer(text).input_ids[: self.max_tokens])]
+        covariances = warmstart.input_covariances(self.attachment, texts)
+        found = {
+            key: warmstart.leading_directions(covariances[key], energy=config.warm_energy,
+                                              at_most=int(config.warm_share * basis.capacity))
+            for key, basis in self.state.protection.bases.items()
+        }
+        self.state.protection.admit(found, [], fixed=True)
+
+
+def _refusal(id_: str, reason: str) -> Record:
+    return {"kind": "refused", "id": id_, "reason": reason}
+
+
+def _exhaust(work: Generator[str, None, T]) -> T:
+    """Run a generator of units to its end and return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -1,0 +1,218 @@
+"""What is protected: one basis P per input space, the projection of updates against it, and the growth of P.
+
+The guard "fold" keeps P.T A = 0 for every expert, projects A after the optimizer and folds what A does along a new
+direction into the held part. The guard "gradient" is the specification's written form: dA is projected, nothing is
+folded, and B keeps moving what was protected. The guard "none" has no basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ogpstream.kernels import dispatch
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.fold import add_to_held, remove
+from ogpstream.memory.adapters import Expert, Layout, SiteShape
+from ogpstream.memory.basis import ProjectionBasis
+
+# |p.T Z|^2 over |Z|^2 above which an update used direction p
+USED = 1e-3
+# singular values of dA under this share of the largest carry no direction
+NO_DIRECTION = 1e-3
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What one growth of the bases did, summed over them."""
+
+    admitted: int = 0
+    replaced: int = 0
+    pruned: int = 0
+
+    def __add__(self, other: Growth) -> Growth:
+        return Growth(self.admitted + other.admitted, self.replaced + other.replaced, self.pruned + other.pruned)
+
+
+class Protection:
+    """The bases of all adapted linears.
+
+    Args:
+        sites: the adapted linears; sites with the same `basis` share one P.
+    """
+
+    def __init__(self, sites: Sequence[SiteShape], config: LearnerConfig) -> None:
+        self.config = config
+        self.sites = tuple(sites)
+        self.bases: dict[str, ProjectionBasis] = {}
+        if config.guard != "none":
+            for site in sites:
+                if site.basis not in self.bases:
+                    columns = max(1, min(config.basis_columns, int(config.basis_share * site.d_in)))
+                    self.bases[site.basis] = ProjectionBasis(site.d_in, capacity=columns, window=config.use_window)
+
+    @property
+    def folds(self) -> bool:
+        return self.config.guard == "fold"
+
+    @property
+    def columns(self) -> int:
+        """Directions in all bases together."""
+        return sum(basis.columns for basis in self.bases.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(basis.nbytes for basis in self.bases.values())
+
+    def project_(self, layout: Layout, slab: Tensor, *, record_use: bool) -> None:
+        """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place.
+
+        Args:
+            record_use: count which directions the slab had a share in, once per update.
+        """
+        for key, basis in self.bases.items():
+            rows = _occupied(basis)
+            if not len(rows):
+                continue
+            block = layout.a_block(slab, key)
+            energy = block.square().sum()
+            # on a CPU all chunks of 32 at once: 8 x fewer matrix products of a size where calls dominate
+            chunk = 32 if block.is_cuda else len(rows)
+            coefficients = dispatch.project_out_(block, rows.to(block.dtype), chunk=chunk)
+            if record_use:
+                used = torch.zeros(len(basis.rows()), dtype=torch.bool)
+                used[: len(rows)] = (coefficients.square().sum(1) > USED * energy).cpu()
+                basis.record_use(used)
+
+    def grow(self, layout: Layout, gradient: Tensor, experts: Sequence[Expert]) -> Growth:
+        """Candidates of a learned sample's dA join the bases; `experts` (the active ones) fold.
+
+        Args:
+            gradient: flat slab of the sample's dA and dB, before any projection.
+        """
+        config = self.config
+        found = {
+            key: candidates(layout.a_block(gradient, key), config.directions_per_sample) for key in self.bases
+        }
+        return self.admit(found, experts)
+
+    def admit(self, found: Mapping[str, Tensor], experts: Sequence[Expert], *, fixed: bool = False) -> Growth:
+        """Let novel directions join P and fold them in the given experts, all bases at once.
+
+        Args:
+            found: candidates `[D_in, k]` by basis.
+            fixed: never replaced or pruned (warm start).
+        """
+        admitted = replaced = pruned = 0
+        new: dict[str, Tensor] = {}
+        before = {key: self.bases[key].version for key in found}
+        for key, directions in found.items():
+            basis = self.bases[key]
+            admission = basis.admit(directions.cpu(), threshold=0.0 if fixed else self.config.novelty, fixed=fixed)
+            if len(admission):
+                new[key] = admission.directions
+                admitted += len(admission)
+                replaced += len(admission.replaced)
+            if basis.saturated:
+                pruned += len(basis.prune())
+        if self.folds and new:
+            for expert in experts:
+                late = {k for k in new if expert.folded.get(k, -1) != before[k]}
+                self._fold(expert, {k: self._live(k) if k in late else n for k, n in new.items()})
+        return Growth(admitted, replaced, pruned)
+
+    def fold(self, expert: Expert) -> None:
+        """Fold an expert against the P of this moment: at its creation, import and activation.
+
+        Exact whatever joined or left P while it was away, and a no-op where nothing did.
+        """
+        if self.folds:
+            stale = [key for key, basis in self.bases.items()
+                     if basis.columns and expert.folded.get(key, -1) != basis.version]
+            self._fold(expert, {key: self._live(key) for key in stale})
+
+    def _live(self, key: str) -> Tensor:
+        basis = self.bases[key]
+        return basis.rows()[basis.live].T
+
+    def _fold(self, expert: Expert, directions: Mapping[str, Tensor]) -> None:
+        if not directions:
+            return
+        layout = expert.layout
+        factors = expert.factors.clone()
+        moment = None if expert.exp_avg is None else expert.exp_avg.clone()
+        held, discarded, discarded_sq = list(expert.held), list(expert.discarded), list(expert.discarded_sq)
+        for key, stored in directions.items():
+            N = stored.to(factors.dtype)
+            block = layout.a_block(factors, key)
+            freed, coefficients = remove(block, N)
+            block.copy_(freed)
+            if moment is not None:
+                block = layout.a_block(moment, key)
+                block.copy_(remove(block, N)[0])
+            for column, site in enumerate(layout.members(key)):
+                own = coefficients[:, column * layout.rank : (column + 1) * layout.rank]
+                held[site], cut = add_to_held(held[site], N, own, layout.b(factors, site), expert.scaling,
+                                              self.config.held_rank)
+                discarded[site] += cut.first
+                discarded_sq[site] += cut.energy
+        expert.factors, expert.exp_avg, expert.held = factors, moment, held
+        expert.discarded, expert.discarded_sq = discarded, discarded_sq
+        expert.folded = {**expert.folded, **{key: self.bases[key].version for key in directions}}
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {}
+        for index, (key, basis) in enumerate(self.bases.items()):
+            own, meta[key] = basis.state_dict()
+            tensors.update({f"{index}.{name}": tensor for name, tensor in own.items()})
+        return tensors, meta
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Restore `state_dict` and check that every basis is orthonormal.
+
+        Raises:
+            ValueError: the bases differ from those of these sites, or are damaged.
+        """
+        if list(meta) != list(self.bases):
+            raise ValueError(f"the state has bases for {len(meta)} inputs, this learner for {len(self.bases)}")
+        for index, (key, basis) in enumerate(self.bases.items()):
+            mark = f"{index}."
+            own = {name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}
+            basis.load_state_dict(own, meta[key])
+            basis.check()
+
+
+def candidates(gradient: Tensor, at_most: int) -> Tensor:
+    """Leading left singular vectors of dA, through the Gram matrix of its few columns.
+
+    dA = sum_t x_t (G_t B.T) is an error-weighted mix of the inputs, so these are the input directions along which the
+    sample was learned.
+
+    Args:
+        gradient: dA of all linears of one input, shape `[D_in, K]`.
+
+    Returns:
+        Unit columns, shape `[D_in, <= at_most]`; none where dA is 0.
+    """
+    # scaled first: squares of gradients of 1e-25 would vanish
+    largest = gradient.abs().max()
+    if not bool(largest > 0) or at_most == 0:
+        return gradient[:, :0]
+    wide = (gradient / largest).double()
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    keep = min(at_most, int((values > NO_DIRECTION**2 * values[-1]).sum()))
+    leading = wide @ vectors[:, -keep:].flip(1)
+    return leading / leading.norm(dim=0)
+
+
+def _occupied(basis: ProjectionBasis) -> Tensor:
+    """The rows of P.T up to the last live one, in whole chunks of 32."""
+    live = basis.live.nonzero()
+    if not len(live):
+        return basis.rows()[:0]
+    return basis.rows()[: -(-(int(live[-1]) + 1) // 32) * 32]

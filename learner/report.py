@@ -1,0 +1,68 @@
+"""What the learner tells about one piece of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["learned", "rejected", "quarantined", "skipped"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step on one or more samples.
+
+    Attributes:
+        losses: nats per supervised token of each sample, before the step.
+        gradient_norms: |(dA, dB)| of each sample.
+        learned: for each sample, whether it counted as learned and offered its directions to P.
+        refusal: why nothing was committed, or None.
+        admitted: directions that joined P, over all bases.
+        replaced: directions they took the place of.
+        pruned: directions that left because a basis was saturated.
+    """
+
+    losses: tuple[float, ...]
+    gradient_norms: tuple[float, ...]
+    learned: tuple[bool, ...]
+    refusal: str | None = None
+    admitted: int = 0
+    replaced: int = 0
+    pruned: int = 0
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What became of one new sample.
+
+    Attributes:
+        status: "learned" (an update was made), "rejected" (a guard refused it), "quarantined" (kept, not trained on)
+            or "skipped" (its id was brought before).
+        loss: nats per supervised token before the update.
+        tokens: ids of prompt and completion.
+        cut: ids taken from the left of the prompt to fit.
+        milliseconds: wall time of all that this sample caused, replay and rehearsal included.
+        version: of the adapters served afterwards.
+        reason: of a rejection or quarantine.
+    """
+
+    id: str | None
+    status: Status
+    version: int
+    loss: float | None = None
+    tokens: int = 0
+    cut: int = 0
+    milliseconds: float = 0.0
+    admitted: int = 0
+    replaced: int = 0
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class RehearsalReport:
+    """What a consolidation or the end of a file did."""
+
+    updates: int
+    version: int
+    mean_loss: float | None = None
+    admitted: int = 0

@@ -1,0 +1,365 @@
+"""The adapted linears of a model: PEFT finds and wraps them, `Binding` says which version they compute with.
+
+PEFT's own LoRA layer is injected with its `forward` replaced and its parameters removed: the factors live in
+the AdapterStore, and all linears of a model read them through one `Binding`, so that a version is swapped by
+one assignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ogpstream.kernels import dispatch
+from ogpstream.learner.errors import ConfigError, ModelError, StateError
+from ogpstream.memory.adapters import Layout, Pack, Served, SiteShape
+
+_ADAPTER = "default"
+
+
+class GradientSink:
+    """Where the linears leave dA and dB of one expert: a flat `slab` `[layout.numel]` like its factors.
+
+    Gradients are added, because a layer may be used twice and the head is run in chunks: zero the
+    slab between samples.
+
+    Args:
+        layout: of the expert.
+        trained: name of the expert.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        trained: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layout = layout
+        self.trained = trained
+        self.slab = torch.zeros(layout.numel, dtype=dtype, device=device)
+
+    def add(self, index: int, dA: Tensor, dB: Tensor) -> None:
+        """Add the gradients of one site, dA `[D_in, r]` and dB `[r, D_out]`."""
+        self.layout.a(self.slab, index).add_(dA)
+        self.layout.b(self.slab, index).add_(dB)
+
+
+# the versions pinned in this thread or task, the innermost last
+_pins: ContextVar[tuple[tuple[Binding, Served | None], ...]] = ContextVar("ogpstream_pins", default=())
+
+
+class Binding:
+    """The version that the adapted linears of one model compute with.
+
+    Replace `served` by one assignment. A forward of the whole model keeps the version it started with; for
+    one version over several forwards (a generation with its cache), pin it by `using`. `sink` receives the
+    gradients of the forwards that recorded them while it was set.
+    """
+
+    def __init__(self, served: Served | None = None) -> None:
+        self.served = served
+        self.sink: GradientSink | None = None
+
+    def current(self) -> Served | None:
+        """The version for this thread and moment; None is the bare base model."""
+        for binding, served in reversed(_pins.get()):
+            if binding is self:
+                return served
+        return self.served
+
+    @contextmanager
+    def using(self, served: Served | None) -> Iterator[None]:
+        """Pin a version, or the base model by None, for this thread or task.
+
+        Not across a `yield` of a generator, which would leave the pin to whoever resumes it.
+        """
+        outer = _pins.get()
+        _pins.set((*outer, (self, served)))
+        try:
+            yield
+        finally:
+            _pins.set(outer)
+
+    def pin_forwards(self, model: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """Hook a model so that each of its forwards keeps one version; remove the handles to undo it."""
+        # first of all pre-hooks, so that `_leave` never runs without `_enter`
+        return (
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        _pins.set((*_pins.get(), (self, self.current())))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        _pins.set(_pins.get()[:-1])
+
+
+class AdaptedLinear(LoraLinear):
+    """PEFT's LoRA layer around a frozen linear, with the packed factors of a `Binding` instead of its own.
+
+        y = base(x) + ((x A) * scale) B        A, B, scale: this site's pack of the current version
+
+    Where gradients are recorded and x takes part, the backward yields dx and adds dA and dB to the binding's
+    sink.
+
+    Raises:
+        ModelError: the linear is not exactly nn.Linear or Conv1D (a subclass may hold its weight otherwise).
+    """
+
+    binding: Binding
+    index: int
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        base = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if type(base) is not nn.Linear and type(base) is not Conv1D:
+            raise ModelError(
+                f"cannot adapt a {type(base).__name__} (only nn.Linear and Conv1D themselves): "
+                "choose other target_modules, or load the model without quantisation"
+            )
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.fan_in_fan_out = type(base) is Conv1D
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`[..., D_in]` to `[..., D_out]`."""
+        if args or kwargs:
+            raise TypeError("an adapted linear takes its input and nothing else")
+        served = self.binding.current()
+        pack = None if served is None else served.packs[self.index]
+        if pack is None or pack.A.shape[1] == 0:
+            result: Tensor = self.base_layer(x)
+        elif torch.is_grad_enabled() and x.requires_grad:
+            result = _Adapted.apply(x, self, pack, self.binding.sink)
+        else:
+            result, _ = self.adapt(x, pack)
+        return result
+
+    def adapt(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
+        """y `[..., D_out]`, and h `[T, R]` for the backward."""
+        y: Tensor = self.base_layer(x)
+        delta, h = dispatch.lora_forward(x.reshape(-1, x.shape[-1]), pack.A, pack.B, pack.scale)
+        return y.add_(delta.view(y.shape)), h
+
+    def base_input_gradient(self, g: Tensor) -> Tensor:
+        """`[T, D_in]` for g = dL/dy `[T, D_out]`, of the frozen linear alone."""
+        # nn.Linear keeps its weight as [D_out, D_in], Conv1D as [D_in, D_out]
+        weight: Tensor = self.base_layer.weight
+        return g @ weight.T if self.fan_in_fan_out else g @ weight
+
+
+class _Adapted(torch.autograd.Function):
+    """Keeps x itself (no wider copy) and the narrow h between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, site: AdaptedLinear, pack: Pack, sink: GradientSink | None) -> Tensor:
+        if sink is not None and sink.trained not in pack.trained:
+            raise StateError(f"expert {sink.trained!r} is not in the served version: activate it to train it")
+        y, h = site.adapt(x, pack)
+        ctx.save_for_backward(x, *() if sink is None else (h,))
+        ctx.site, ctx.pack, ctx.sink = site, pack, sink
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (x, *h), site, pack, sink = ctx.saved_tensors, ctx.site, ctx.pack, ctx.sink
+        g = grad.reshape(-1, grad.shape[-1])
+        dA, dB, dx = dispatch.lora_backward(
+            x.reshape(-1, x.shape[-1]),
+            g,
+            pack.A,
+            pack.B,
+            pack.scale,
+            # no trained column: the products for dA and dB are empty
+            trained=slice(0, 0) if sink is None else pack.trained[sink.trained],
+            h=h[0] if h else None,
+            base_dx=site.base_input_gradient(g),
+        )
+        if sink is not None:
+            sink.add(site.index, dA, dB)
+        return dx.view(x.shape), None, None, None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted linear; `name` is its dotted path in the model as it was before attaching."""
+
+    index: int
+    name: str
+    module: AdaptedLinear
+    shape: SiteShape
+
+
+@dataclass
+class Attachment:
+    """What `attach` put into a model. `target_modules` select exactly these sites in a model of its kind."""
+
+    model: PreTrainedModel
+    binding: Binding
+    sites: list[Site]
+    target_modules: list[str]
+    _before: _Before = field(repr=False)
+    _hooks: tuple[RemovableHandle, ...] = field(repr=False)
+
+    @property
+    def shapes(self) -> list[SiteShape]:
+        return [site.shape for site in self.sites]
+
+    def detach(self) -> None:
+        """Put the model's own modules, gradient flags and modes back as they were; twice does no harm."""
+        for hook in self._hooks:
+            hook.remove()
+        self._before.restore(self.model)
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    target_modules: Sequence[str] | str | None = None,
+    basis_scope: Literal["layer", "shared"] = "layer",
+    binding: Binding | None = None,
+) -> Attachment:
+    """Wrap linears of a model in place. The model stays the same object, is frozen and put in eval mode.
+
+    Args:
+        rank: of the trainable factors; no adapted linear may be narrower.
+        target_modules: names as for PEFT; None for PEFT's choice for this architecture, "all-linear" for all
+            linears but the head.
+        basis_scope: "layer" gives linears that read the very same input one basis, found by one small
+            forward; "shared" gives one basis to all of one D_in.
+
+    Raises:
+        ModelError: the model carries PEFT layers already, or a target is missing or cannot be adapted.
+        ConfigError: the rank does not fit, or the scope is unknown. The model is as before in either case.
+    """
+    if basis_scope not in ("layer", "shared"):
+        raise ConfigError(f"basis_scope is {basis_scope!r}: set it to 'layer' or 'shared'")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ModelError(
+            "the model carries PEFT layers already: give the base model, or merge_and_unload() first"
+        )
+    binding = binding or Binding()
+    before = _Before(model)
+    try:
+        _inject(model, rank, target_modules)
+        adapted = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+        for index, (name, module) in enumerate(adapted.items()):
+            module.delete_adapter(_ADAPTER)
+            module.binding, module.index = binding, index
+            if rank > min(module.in_features, module.out_features):
+                raise ConfigError(
+                    f"rank {rank} exceeds a width of {name} ({module.in_features} to {module.out_features}): "
+                    "lower the rank or choose other target_modules"
+                )
+        model.eval()
+        if basis_scope == "layer":
+            keys = _input_groups(model, adapted, binding)
+        else:
+            keys = [f"d{module.in_features}" for module in adapted.values()]
+    except BaseException:
+        before.restore(model)
+        raise
+    sites = [
+        Site(module.index, name, module, SiteShape(name, module.in_features, module.out_features, key))
+        for (name, module), key in zip(adapted.items(), keys, strict=True)
+    ]
+    return Attachment(model, binding, sites, _targets(model, adapted), before, binding.pin_forwards(model))
+
+
+class _Before:
+    """What `attach` changes on a model, as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self, model: nn.Module) -> None:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        # PEFT leaves its configuration on the model it injects into
+        model.__dict__.pop("peft_config", None)
+        for module, training in self.modes:
+            module.training = training
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+
+
+def _inject(model: PreTrainedModel, rank: int, target_modules: Sequence[str] | str | None) -> None:
+    """Let PEFT wrap the targets, and check that it wrapped all of them and nothing but linears."""
+    wanted = target_modules if isinstance(target_modules, str | None) else list(target_modules)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=wanted)
+    config._register_custom_module({nn.Linear: AdaptedLinear, Conv1D: AdaptedLinear})
+    kind, remedy = type(model).__name__, _remedy(model)
+    try:
+        # factors on the meta device: neither memory nor random numbers are spent on what is removed again
+        inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    except ValueError as error:
+        what = "has no default targets" if wanted is None else f"finds no target {wanted!r}"
+        raise ModelError(f"PEFT {what} for {kind}: {remedy}") from error
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name, module in wrapped.items():
+        if type(module) is not AdaptedLinear:
+            raise ModelError(f"cannot adapt {name}, a {type(module.get_base_layer()).__name__}: {remedy}")
+    if isinstance(wanted, list):
+        missing = [t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in wrapped)]
+        if missing:
+            raise ModelError(f"{kind} has no linear named {', '.join(missing)}: {remedy}")
+
+
+def _remedy(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    possible = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and module is not head
+    }
+    return f"set target_modules to some of {', '.join(sorted(possible))}" if possible else "it has no linear"
+
+
+def _targets(model: nn.Module, adapted: dict[str, AdaptedLinear]) -> list[str]:
+    """The last parts of the sites' names where these select nothing else, else the full names."""
+    leaves = {name.rpartition(".")[2] for name in adapted}
+    selected = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return sorted(leaves if selected == adapted.keys() else adapted)
+
+
+@torch.no_grad()
+def _input_groups(model: PreTrainedModel, adapted: dict[str, AdaptedLinear], binding: Binding) -> list[str]:
+    """For each linear, the name of the first one that reads the same tensor in a forward of two tokens."""
+    # the tensors are kept, so that no two objects share an id
+    inputs: dict[str, list[Tensor]] = {name: [] for name in adapted}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, seen=inputs[name]: seen.append(args[0]))
+        for name, module in adapted.items()
+    ]
+    try:
+        with binding.using(None):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first: dict[tuple[int, ...], str] = {}
+    keys = []
+    for name, seen in inputs.items():
+        group = tuple(id(tensor) for tensor in seen)
+        # a linear that was not reached (an expert that was not routed to) stays alone
+        keys.append(first.setdefault(group, name) if group else name)
+    return keys

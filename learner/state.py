@@ -1,0 +1,135 @@
+"""The whole state of a learner as tensors and JSON: what a snapshot holds and what `state_sha256` covers.
+
+Masters, held parts, moments, bases with their use, ring with priorities and flags, seen ids, counters and the
+position in the journal. Random draws are keyed by (seed, counter), so the counters are all there is to restore.
+Times and paths are no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ogpstream.learner.errors import StateError
+from ogpstream.learner.protection import Protection
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.replay import ReplayRing
+from ogpstream.memory.seen import SeenIds
+from ogpstream.memory.snapshot import canonical_hash
+
+FORMAT = 1
+
+
+@dataclass
+class Counters:
+    """Everything that is counted and is part of the state.
+
+    Attributes:
+        acknowledged: records of samples taken in, of every fate.
+        learned: new samples that an update was made for.
+        rejected: refused by a guard, or unusable.
+        quarantined: kept for review, not trained on.
+        updates: optimizer steps of all kinds.
+        gradients: gradient evaluations, one for each sample in each update.
+        draws: draws from the ring, the counter of their random numbers.
+        inference_steps: reported by the server since the start.
+        consolidated_at: `learned` when the periodic trigger last fired.
+    """
+
+    acknowledged: int = 0
+    learned: int = 0
+    rejected: int = 0
+    quarantined: int = 0
+    updates: int = 0
+    gradients: int = 0
+    draws: int = 0
+    inference_steps: int = 0
+    consolidated_at: int = 0
+
+
+@dataclass
+class Position:
+    """How far the journal is applied: all of the records up to `seq`, and `done` updates of the one after it."""
+
+    seq: int = 0
+    done: int = 0
+
+
+@dataclass
+class LearnerState:
+    """The parts of a learner that change."""
+
+    store: AdapterStore
+    protection: Protection
+    ring: ReplayRing
+    seen: SeenIds
+    counters: Counters
+    position: Position
+
+    def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON values); the tensors may be those in use: write or copy them before the next update."""
+        tensors: dict[str, Tensor] = {}
+        meta: dict[str, Any] = {
+            "format": FORMAT, "counters": asdict(self.counters), "position": asdict(self.position)
+        }
+        for name, part in (("experts", self.store), ("bases", self.protection), ("ring", self.ring)):
+            own, meta[name] = part.state_dict()
+            tensors.update({f"{name}.{key}": tensor for key, tensor in own.items()})
+        tensors.update({f"seen.{key}": tensor for key, tensor in self.seen.state_dict().items()})
+        return tensors, meta
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Take over a captured state.
+
+        Raises:
+            StateError: it is of another format, or does not fit this model and configuration.
+        """
+        if meta.get("format") != FORMAT:
+            raise StateError(f"the state has format {meta.get('format')}, this version reads {FORMAT}: "
+                             "use the version that wrote it")
+        try:
+            for name, part in (("experts", self.store), ("bases", self.protection), ("ring", self.ring)):
+                part.load_state_dict(_under(name, tensors), meta[name])
+            self.seen.load_state_dict(_under("seen", tensors))
+            self.counters = Counters(**meta["counters"])
+            self.position = Position(**meta["position"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"the state does not fit this learner: {error}") from error
+
+    def sha256(self) -> str:
+        """Hash of all of it: equal states, and only these, have the same one."""
+        return canonical_hash(*self.capture())
+
+
+def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    mark = f"{name}."
+    return {key.removeprefix(mark): tensor for key, tensor in tensors.items() if key.startswith(mark)}
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hash that tells base models apart: architecture, shapes, and up to 1024 values of every parameter.
+
+    Sampling keeps it under a second for models of gigabytes; two models that differ only elsewhere are not told apart.
+    """
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items()
+              if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        values = flat[:: max(1, flat.numel() // 1024)][:1024].to("cpu", torch.float32)
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def environment(model: PreTrainedModel) -> dict[str, Any]:
+    """What bit-exact continuation depends on beside the state."""
+    return {"torch": torch.__version__, "device": str(model.device.type), "threads": torch.get_num_threads()}

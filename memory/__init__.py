@@ -1,0 +1,1 @@
+"""The state of a learner, on the host and on the device: bases, replay, adapters, journal, snapshots."""

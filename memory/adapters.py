@@ -1,0 +1,488 @@
+"""The experts (named LoRA adapters): fp32 masters in host RAM, a few active, an immutable served version.
+
+An expert adds to the linear of site i, with A [D_in, r], B [r, D_out] its plastic and U [D_in, k], V [k,
+D_out] its held part (DESIGN 3.1):
+
+    y = W x + sum_e gate_e * (scaling_e * (x A_e) B_e + (x U_e) V_e)
+
+The learner replaces masters (`expert.factors = new_slab`) and never writes into them, and `publish` builds
+new tensors and swaps them in by one assignment: whoever holds a `Served` or a state dict can read it for
+ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ogpstream.memory.pinned import host_zeros
+
+# matrices in a served slab start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
+_ALIGN = 16
+
+
+class UnknownExpert(KeyError):
+    """No expert has this name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would print the repr of the message
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """One adapted linear; `basis` is the key of the ProjectionBasis of its input."""
+
+    name: str
+    d_in: int
+    d_out: int
+    basis: str
+
+
+class Layout:
+    """Where the A and B of each site lie in the flat slab of an expert of one rank.
+
+    The A of the sites that share a basis lie side by side as one `[D_in, n * r]` block, so that the block can
+    be projected against that basis in one call; the B of all sites follow after all blocks. Views alias the
+    slab.
+
+    Raises:
+        ValueError: no site, two sites of one name, a width or rank < 1, or two widths on one basis.
+    """
+
+    def __init__(self, sites: Sequence[SiteShape], rank: int) -> None:
+        if not sites or rank < 1:
+            raise ValueError(
+                f"a layout needs sites and a rank of at least 1, got {len(sites)} sites of rank {rank}"
+            )
+        if len({site.name for site in sites}) != len(sites):
+            raise ValueError("two sites have the same name: give each adapted linear its own")
+        self.sites = tuple(sites)
+        self.rank = rank
+        self._members: dict[str, tuple[int, ...]] = {}
+        for index, site in enumerate(self.sites):
+            if site.d_in < 1 or site.d_out < 1:
+                raise ValueError(
+                    f"site {site.name!r} has the shape {site.d_in} x {site.d_out}: widths start at 1"
+                )
+            self._members[site.basis] = (*self._members.get(site.basis, ()), index)
+        self._block: dict[str, int] = {}
+        self._column = [0] * len(self.sites)
+        offset = 0
+        for basis, members in self._members.items():
+            widths = {self.sites[index].d_in for index in members}
+            if len(widths) > 1:
+                raise ValueError(f"the sites of basis {basis!r} have several input widths {sorted(widths)}")
+            self._block[basis] = offset
+            for position, index in enumerate(members):
+                self._column[index] = position * rank
+            offset += widths.pop() * len(members) * rank
+        self.a_numel = offset
+        self._b_offset: list[int] = []
+        for site in self.sites:
+            self._b_offset.append(offset)
+            offset += rank * site.d_out
+        self.numel = offset
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The basis keys, in the order of their blocks."""
+        return tuple(self._members)
+
+    def members(self, basis: str) -> tuple[int, ...]:
+        """Indices of the sites whose A lie in the block of `basis`, from left to right."""
+        return self._members[basis]
+
+    def a_block(self, slab: Tensor, basis: str) -> Tensor:
+        """View `[D_in, n * r]` of the A of all sites of one basis, rows contiguous."""
+        members = self._members[basis]
+        d_in, columns = self.sites[members[0]].d_in, len(members) * self.rank
+        return slab[self._block[basis] :][: d_in * columns].view(d_in, columns)
+
+    def a(self, slab: Tensor, index: int) -> Tensor:
+        """View `[D_in, r]` of one site's A, a column range of its basis' block."""
+        start = self._column[index]
+        return self.a_block(slab, self.sites[index].basis)[:, start : start + self.rank]
+
+    def b(self, slab: Tensor, index: int) -> Tensor:
+        """View `[r, D_out]` of one site's B, contiguous."""
+        d_out = self.sites[index].d_out
+        return slab[self._b_offset[index] :][: self.rank * d_out].view(self.rank, d_out)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an expert did along the directions that were protected: U `[D_in, k]`, V `[k, D_out]`, k >= 0."""
+
+    U: Tensor
+    V: Tensor
+
+    @classmethod
+    def empty(cls, site: SiteShape, dtype: torch.dtype = torch.float32) -> Held:
+        """The held part of rank 0, of an expert that was never folded."""
+        return cls(torch.zeros(site.d_in, 0, dtype=dtype), torch.zeros(0, site.d_out, dtype=dtype))
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+
+@dataclass
+class Expert:
+    """One adapter. Slabs are flat `[layout.numel]`, lists have one entry per site; tensors are replaced
+    whole.
+
+    `folded` maps a basis key to the basis version the expert was last folded against. `discarded` sums the
+    first discarded singular value of every cut of the held part since creation, `discarded_sq` their squares.
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    layout: Layout
+    factors: Tensor
+    held: list[Held]
+    discarded: list[float]
+    discarded_sq: list[float]
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
+    steps: int = 0
+    folded: dict[str, int] = field(default_factory=dict)
+    frozen: bool = False
+
+    def a(self, index: int) -> Tensor:
+        """A of one site, `[D_in, r]`."""
+        return self.layout.a(self.factors, index)
+
+    def b(self, index: int) -> Tensor:
+        """B of one site, `[r, D_out]`."""
+        return self.layout.b(self.factors, index)
+
+    def delta(self, index: int) -> Tensor:
+        """scaling * A B + U V of one site, `[D_in, D_out]`: what the expert adds at gate 1."""
+        held = self.held[index]
+        return self.scaling * (self.a(index) @ self.b(index)) + held.U @ held.V
+
+
+@dataclass(frozen=True)
+class Pack:
+    """All active experts at one site: y += (x A * scale) B.
+
+    A `[D_in, R]` and B `[R, D_out]` in the serving dtype, scale `[R]` in float32 or wider. The plastic
+    columns of all experts come first (`trained` gives each one's slice), then their held columns.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Tensor
+    trained: Mapping[str, slice]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One published version: a pack per site, on the serving device."""
+
+    version: int
+    experts: tuple[str, ...]
+    gates: tuple[float, ...]
+    packs: tuple[Pack, ...]
+
+
+class AdapterStore:
+    """All experts of a model and the version that is served.
+
+    Args:
+        sites: the adapted linears; the order gives the indices used everywhere.
+        dtype: of masters and held parts (float32; float64 in exactness tests).
+        serve_dtype: of the served copies; the masters' dtype if None.
+        device: where the served copies live; masters stay in host RAM.
+        max_active: experts that are served at once; one more makes the least recently activated leave.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[SiteShape],
+        *,
+        dtype: torch.dtype = torch.float32,
+        serve_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        max_active: int = 2,
+    ) -> None:
+        if max_active < 1:
+            raise ValueError(f"max_active is {max_active}: at least 1 expert must fit")
+        self.sites = Layout(sites, 1).sites
+        self.dtype = dtype
+        self.serve_dtype = serve_dtype or dtype
+        self.device = torch.device(device)
+        self.max_active = max_active
+        self._experts: dict[str, Expert] = {}
+        self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
+        self._layouts: dict[int, Layout] = {}
+        self.served = self._build(0)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All experts, in order of creation."""
+        return tuple(self._experts)
+
+    @property
+    def active(self) -> dict[str, float]:
+        """Gate of each active expert, the least recently activated first."""
+        return dict(self._active)
+
+    def layout(self, rank: int) -> Layout:
+        """The layout that all experts of this rank share."""
+        if rank not in self._layouts:
+            self._layouts[rank] = Layout(self.sites, rank)
+        return self._layouts[rank]
+
+    def expert(self, name: str) -> Expert:
+        """The expert of this name.
+
+        Raises:
+            UnknownExpert: there is none; the message names the known ones.
+        """
+        try:
+            return self._experts[name]
+        except KeyError:
+            known = ", ".join(map(repr, self._experts)) or "none yet"
+            raise UnknownExpert(f"no expert {name!r}; known experts: {known}") from None
+
+    def create(self, name: str, rank: int, scaling: float, factors: Tensor | None = None) -> Expert:
+        """Add an inactive expert with an empty held part.
+
+        Args:
+            factors: initial slab `[layout.numel]`, copied; zeros if None (which no gradient can leave).
+
+        Raises:
+            ValueError: the name is taken or has a "/" or ".", or rank, scaling or factors do not fit.
+        """
+        if not name or "/" in name or "." in name:
+            raise ValueError(f"{name!r} is no expert name: use letters, digits, '_' and '-'")
+        if name in self._experts:
+            raise ValueError(f"the expert {name!r} exists already: remove it first or choose another name")
+        if not math.isfinite(scaling):
+            raise ValueError(f"scaling of expert {name!r} is {scaling}: it must be finite")
+        layout = self.layout(rank)
+        slab = host_zeros(layout.numel, dtype=self.dtype)
+        if factors is not None:
+            slab.copy_(self._checked(factors, (layout.numel,), f"factors of expert {name!r}"))
+        empty = [Held.empty(site, self.dtype) for site in self.sites]
+        zeros = [0.0] * len(self.sites)
+        expert = Expert(name, rank, float(scaling), layout, slab, empty, zeros, list(zeros))
+        self._experts[name] = expert
+        return expert
+
+    def remove(self, name: str) -> None:
+        """Forget an expert; what is served changes with the next `publish`."""
+        self.expert(name)
+        del self._experts[name]
+        self._active.pop(name, None)
+
+    def activate(self, name: str, gate: float = 1.0, *, pinned: Collection[str] = ()) -> tuple[str, ...]:
+        """Make an expert the most recently used active one, with this gate, from the next `publish` on.
+
+        Returns:
+            The experts that left for it, the least recently activated first; those in `pinned` never do.
+
+        Raises:
+            ValueError: the gate is not finite, or every place is taken by a pinned expert.
+        """
+        self.expert(name)
+        self._check_gate(name, gate)
+        others = [other for other in self._active if other != name]
+        surplus = max(0, len(others) + 1 - self.max_active)
+        leaving = tuple(other for other in others if other not in pinned)[:surplus]
+        if len(leaving) < surplus:
+            raise ValueError(f"no place for expert {name!r}: all {self.max_active} active experts are pinned")
+        for left in (*leaving, name):
+            self._active.pop(left, None)
+        self._active[name] = float(gate)
+        return leaving
+
+    def deactivate(self, name: str) -> None:
+        """Take an expert out of the active set from the next `publish` on; its masters stay."""
+        self.expert(name)
+        self._active.pop(name, None)
+
+    def set_gate(self, name: str, gate: float) -> None:
+        """Change the gate of an active expert from the next `publish` on; its place in the order stays."""
+        self.expert(name)
+        self._check_gate(name, gate)
+        if name not in self._active:
+            raise ValueError(f"the expert {name!r} is not active: activate it with this gate")
+        self._active[name] = float(gate)
+
+    def publish(self, version: int | None = None) -> Served:
+        """Build new packs of the active experts and serve them from this assignment on.
+
+        Args:
+            version: number of the new version; one more than the served one if None.
+        """
+        served = self._build(self.served.version + 1 if version is None else version)
+        if self.device.type == "cuda":
+            # readers on other streams must not see a slab whose copies are still queued on this one
+            torch.cuda.current_stream(self.device).synchronize()
+        self.served = served
+        return served
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All experts and the active set as (named tensors, JSON-able rest); the tensors are not copied."""
+        tensors: dict[str, Tensor] = {}
+        experts = []
+        for name, expert in self._experts.items():
+            for key in ("factors", "exp_avg", "exp_avg_sq"):
+                slab = getattr(expert, key)
+                if slab is not None:
+                    tensors[f"{name}/{key}"] = slab
+            for index, held in enumerate(expert.held):
+                if held.rank:
+                    tensors[f"{name}/held/{index}/U"] = held.U
+                    tensors[f"{name}/held/{index}/V"] = held.V
+            experts.append(
+                {
+                    "name": name,
+                    "rank": expert.rank,
+                    "scaling": expert.scaling,
+                    "steps": expert.steps,
+                    "held_ranks": [held.rank for held in expert.held],
+                    "moments": [expert.exp_avg is not None, expert.exp_avg_sq is not None],
+                    "folded": dict(expert.folded),
+                    "discarded": list(expert.discarded),
+                    "discarded_sq": list(expert.discarded_sq),
+                    "frozen": expert.frozen,
+                }
+            )
+        meta = {
+            "sites": [[site.name, site.d_in, site.d_out, site.basis] for site in self.sites],
+            "version": self.served.version,
+            "active": [[name, gate] for name, gate in self._active.items()],
+            "experts": experts,
+        }
+        return tensors, meta
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Replace all experts by a saved state, bit for bit, and publish it under its version; copies the
+        tensors.
+
+        Raises:
+            ValueError: other sites, or a tensor that is missing or of another shape or dtype. Nothing
+            changed.
+        """
+        saved_sites = tuple(SiteShape(*site) for site in meta["sites"])
+        if saved_sites != self.sites:
+            raise ValueError(
+                f"the {len(saved_sites)} saved sites are not the {len(self.sites)} sites of this model: "
+                "attach with the saved targets and basis scope"
+            )
+        active = {name: float(gate) for name, gate in meta["active"]}
+        experts = {entry["name"]: self._load_expert(tensors, entry) for entry in meta["experts"]}
+        if len(active) > self.max_active or not active.keys() <= experts.keys():
+            raise ValueError(
+                f"the saved active experts {list(active)} do not fit: max_active is {self.max_active}"
+            )
+        self._experts, self._active = experts, active
+        self.publish(int(meta["version"]))
+
+    def _load_expert(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Expert:
+        name = entry["name"]
+        layout = self.layout(entry["rank"])
+
+        def copied(key: str, *shape: int) -> Tensor:
+            if f"{name}/{key}" not in tensors:
+                raise ValueError(f"the saved state lacks the tensor {name}/{key}")
+            saved = self._checked(tensors[f"{name}/{key}"], shape, f"the saved tensor {name}/{key}")
+            return host_zeros(*shape, dtype=self.dtype).copy_(saved)
+
+        if len(entry["held_ranks"]) != len(self.sites):
+            raise ValueError(
+                f"the saved expert {name!r} has {len(entry['held_ranks'])} held parts, not {len(self.sites)}"
+            )
+        held = [
+            Held(copied(f"held/{index}/U", site.d_in, k), copied(f"held/{index}/V", k, site.d_out))
+            if k
+            else Held.empty(site, self.dtype)
+            for index, (site, k) in enumerate(zip(self.sites, entry["held_ranks"], strict=True))
+        ]
+        moments = [
+            copied(key, layout.numel) if saved else None
+            for key, saved in zip(("exp_avg", "exp_avg_sq"), entry["moments"], strict=True)
+        ]
+        return Expert(
+            name=name,
+            rank=entry["rank"],
+            scaling=float(entry["scaling"]),
+            layout=layout,
+            factors=copied("factors", layout.numel),
+            held=held,
+            discarded=[float(value) for value in entry["discarded"]],
+            discarded_sq=[float(value) for value in entry["discarded_sq"]],
+            exp_avg=moments[0],
+            exp_avg_sq=moments[1],
+            steps=int(entry["steps"]),
+            folded={str(basis): int(version) for basis, version in entry["folded"].items()},
+            frozen=bool(entry["frozen"]),
+        )
+
+    def _build(self, version: int) -> Served:
+        experts = [self._experts[name] for name in self._active]
+        gates = tuple(self._active.values())
+        trained: dict[str, slice] = {}
+        plastic = 0
+        for expert in experts:
+            trained[expert.name] = slice(plastic, plastic + expert.rank)
+            plastic += expert.rank
+        ranks = [
+            plastic + sum(expert.held[index].rank for expert in experts) for index in range(len(self.sites))
+        ]
+        # one slab: one allocation for hundreds of sites
+        starts = [0]
+        for site, rank in zip(self.sites, ranks, strict=True):
+            for numel in (site.d_in * rank, rank * site.d_out):
+                starts.append(starts[-1] + -(-numel // _ALIGN) * _ALIGN)
+        slab = torch.empty(starts[-1], dtype=self.serve_dtype, device=self.device)
+        factors = [expert.factors.to(self.device, non_blocking=True) for expert in experts]
+        scales: dict[tuple[int, ...], Tensor] = {}
+        packs = []
+        for index, (site, rank) in enumerate(zip(self.sites, ranks, strict=True)):
+            a = slab[starts[2 * index] :][: site.d_in * rank].view(site.d_in, rank)
+            b = slab[starts[2 * index + 1] :][: rank * site.d_out].view(rank, site.d_out)
+            held = [expert.held[index] for expert in experts]
+            parts = [
+                (expert.layout.a(flat, index), expert.layout.b(flat, index))
+                for expert, flat in zip(experts, factors, strict=True)
+            ]
+            start = 0
+            for left, right in parts + [(part.U, part.V) for part in held]:
+                stop = start + left.shape[1]
+                a[:, start:stop].copy_(left, non_blocking=True)
+                b[start:stop].copy_(right, non_blocking=True)
+                start = stop
+            held_ranks = tuple(part.rank for part in held)
+            if held_ranks not in scales:
+                scales[held_ranks] = self._scale(experts, held_ranks)
+            packs.append(Pack(a, b, scales[held_ranks], trained))
+        return Served(version, tuple(self._active), gates, tuple(packs))
+
+    def _scale(self, experts: Sequence[Expert], held_ranks: Sequence[int]) -> Tensor:
+        values: list[float] = []
+        for expert in experts:
+            values += [self._active[expert.name] * expert.scaling] * expert.rank
+        for expert, k in zip(experts, held_ranks, strict=True):
+            values += [self._active[expert.name]] * k
+        dtype = torch.promote_types(self.serve_dtype, torch.float32)
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _checked(self, tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+            raise ValueError(f"{what} is {tensor.dtype} {tuple(tensor.shape)}, expected {self.dtype} {shape}")
+        return tensor
+
+    @staticmethod
+    def _check_gate(name: str, gate: float) -> None:
+        if not math.isfinite(gate):
+            raise ValueError(f"gate of expert {name!r} is {gate}: it must be finite")

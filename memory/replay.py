@@ -1,0 +1,358 @@
+"""Ring of learned samples for replay: fixed slots of token ids in one host allocation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ogpstream.memory.pinned import host_zeros
+
+Keep = Literal["recent", "reservoir"]
+Draw = Literal["uniform", "loss", "gradient_norm"]
+
+# a priority counts for a tenth of the mean or more, so that every sample keeps 1/11 of its uniform chance
+_FLOOR = 0.1
+_DRAWS, _RESERVOIR = 1, 2
+_INT64_MAX = 2**63 - 1
+_COLUMNS: dict[str, type[np.generic]] = {
+    "length": np.int32,
+    "prompt_length": np.int32,
+    "expert": np.int32,
+    "uid": np.int64,
+    "loss": np.float64,
+    "gradient_norm": np.float64,
+    "updates": np.int64,
+    "flags": np.uint8,
+}
+
+
+class SlotFlag(IntFlag):
+    """What has happened to a sample in the ring."""
+
+    REHEARSED = 1  # it had an update after its first one
+    LEARNED = 2  # its loss was below the threshold on a forward after an update
+    PROTECTED = 4  # its directions joined the basis
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One sample: ids `[T]` int64 (a copy). Priorities are None until they are measured."""
+
+    slot: int
+    ids: Tensor
+    prompt_length: int
+    expert: str
+    uid: int
+    loss: float | None
+    gradient_norm: float | None
+    updates: int
+    flags: SlotFlag
+
+
+class ReplayRing:
+    """At most `capacity` samples of at most `slot_tokens` tokens.
+
+    Args:
+        capacity: slots.
+        slot_tokens: tokens a slot holds, prompt and completion.
+        vocab_size: ids are 0 .. vocab_size - 1, kept in 2 bytes up to 65,536 and in 4 above.
+        keep: a full ring overwrites its oldest sample ("recent"), or holds a uniform sample of all that were
+            ever offered ("reservoir", Vitter's Algorithm R).
+        draw: chance of a sample to be drawn: equal, or in proportion to its last loss or gradient norm.
+        seed: of the draws and of the reservoir.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 4096,
+        slot_tokens: int = 1024,
+        *,
+        vocab_size: int,
+        keep: Keep = "recent",
+        draw: Draw = "uniform",
+        seed: int = 0,
+    ) -> None:
+        if capacity < 1 or slot_tokens < 1:
+            raise ValueError(f"a ring of {capacity} slots of {slot_tokens} tokens is none: both start at 1")
+        if not 1 <= vocab_size <= 2**32:
+            raise ValueError(f"vocab_size is {vocab_size}: slots hold ids of 1 to 2^32 different tokens")
+        if keep not in get_args(Keep) or draw not in get_args(Draw):
+            raise ValueError(
+                f"keep={keep!r}, draw={draw!r}: choose from {get_args(Keep)} and {get_args(Draw)}"
+            )
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}: choose 0 to 2^64 - 1")
+        self.capacity, self.slot_tokens, self.vocab_size = capacity, slot_tokens, vocab_size
+        self.keep: Keep = keep
+        self.policy: Draw = draw
+        self.seed = seed
+        self.seen = 0
+        self.storage = host_zeros(
+            capacity, slot_tokens, dtype=torch.uint16 if vocab_size <= 2**16 else torch.uint32
+        )
+        # torch's unsigned integers have few operations; numpy's view of the same memory has all
+        self._ids = self.storage.numpy()
+        self._columns = {key: np.zeros(capacity, dtype) for key, dtype in _COLUMNS.items()}
+        self._experts: list[str] = []
+        # the keys are the used slots, the oldest first: unlike a dict, O(1) at both ends
+        self._order: OrderedDict[int, None] = OrderedDict()
+        self._free = list(range(capacity - 1, -1, -1))
+        self._by_uid: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __repr__(self) -> str:
+        return (
+            f"ReplayRing({len(self)} of {self.capacity} slots of {self.slot_tokens} tokens, {self.seen} seen)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ids and of the per-slot columns."""
+        return self.storage.nbytes + sum(column.nbytes for column in self._columns.values())
+
+    @property
+    def slots(self) -> list[int]:
+        """The used slots, the oldest sample first."""
+        return list(self._order)
+
+    def add(
+        self, ids: Sequence[int] | np.ndarray | Tensor, prompt_length: int, *, expert: str, uid: int
+    ) -> int | None:
+        """Keep a sample, in O(1).
+
+        Args:
+            ids: prompt and completion, 1-dimensional integers.
+            prompt_length: how many of them are prompt; at least one is completion.
+            uid: number of the sample in the stream, int64, not in the ring yet.
+
+        Returns:
+            Its slot, or None when the reservoir declines it.
+
+        Raises:
+            ValueError: it is empty or too long, an id is outside the vocabulary, or the uid is taken. Nothing
+                changed.
+        """
+        tokens = self._checked_ids(ids)
+        if not 0 <= prompt_length < len(tokens):
+            raise ValueError(
+                f"prompt_length is {prompt_length} of {len(tokens)} tokens: at least one must be completion"
+            )
+        if not 0 <= uid <= _INT64_MAX or uid in self._by_uid:
+            raise ValueError(f"uid {uid} is in the ring already or outside int64: number each sample once")
+        self.seen += 1
+        if self._free:
+            slot = self._free.pop()
+        elif self.keep == "recent":
+            slot = next(iter(self._order))
+        else:
+            slot = _below(self._random(_RESERVOIR, self.seen), self.seen)
+            if slot >= self.capacity:
+                return None
+        if slot in self._order:
+            self._forget(slot)
+        if expert not in self._experts:
+            self._experts.append(expert)
+        values = (len(tokens), prompt_length, self._experts.index(expert), uid, np.nan, np.nan, 0, 0)
+        for key, value in zip(_COLUMNS, values, strict=True):
+            self._columns[key][slot] = value
+        self._ids[slot, : len(tokens)] = tokens
+        self._order[slot] = None
+        self._by_uid[uid] = slot
+        return slot
+
+    def get(self, slot: int) -> Slot:
+        """The sample in a slot.
+
+        Raises:
+            ValueError: the slot is empty.
+        """
+        self._check_used(slot)
+        row = {key: column[slot].item() for key, column in self._columns.items()}
+        return Slot(
+            slot=slot,
+            ids=torch.from_numpy(self._ids[slot, : row["length"]].astype(np.int64)),
+            prompt_length=row["prompt_length"],
+            expert=self._experts[row["expert"]],
+            uid=row["uid"],
+            loss=None if np.isnan(row["loss"]) else row["loss"],
+            gradient_norm=None if np.isnan(row["gradient_norm"]) else row["gradient_norm"],
+            updates=row["updates"],
+            flags=SlotFlag(row["flags"]),
+        )
+
+    def find(self, uid: int) -> int | None:
+        """Slot of the sample with this number, None if it is not in the ring."""
+        return self._by_uid.get(uid)
+
+    def mark(
+        self,
+        slot: int,
+        flags: SlotFlag = SlotFlag(0),  # noqa: B008 (a constant)
+        *,
+        loss: float | None = None,
+        gradient_norm: float | None = None,
+        updates: int = 0,
+    ) -> None:
+        """Set flags, store measured priorities, and count `updates` more updates of a sample.
+
+        Raises:
+            ValueError: the slot is empty, or a priority is negative or not finite. Nothing changed.
+        """
+        self._check_used(slot)
+        measured = {"loss": loss, "gradient_norm": gradient_norm}
+        for key, value in measured.items():
+            if value is not None and not 0 <= value < np.inf:
+                raise ValueError(f"{key} of slot {slot} is {value}: a priority must be finite and at least 0")
+        for key, value in measured.items():
+            if value is not None:
+                self._columns[key][slot] = value
+        self._columns["flags"][slot] |= int(flags)
+        self._columns["updates"][slot] += updates
+
+    def pending(self) -> list[int]:
+        """Slots of the samples not rehearsed yet, the oldest first."""
+        order = np.fromiter(self._order, np.int64, len(self._order))
+        return order[self._columns["flags"][order] & SlotFlag.REHEARSED == 0].tolist()
+
+    def draw(self, n: int = 1, *, counter: int, exclude: Collection[int] = ()) -> list[int]:
+        """`n` different slots by chance, fewer when the ring holds fewer; depends on ring, seed and counter.
+
+        Args:
+            counter: number of this draw, 0 <= counter < 2^63; another counter gives an independent draw.
+            exclude: slots that are not to be drawn.
+        """
+        used = np.sort(np.fromiter(self._order, np.int64, len(self._order)))
+        used = used[~np.isin(used, list(exclude))]
+        weights = self._weights(used)
+        source = self._random(_DRAWS, counter)
+        drawn = []
+        for _ in range(min(n, len(used))):
+            ends = weights.cumsum()
+            # 53 bits: the uniform double in [0, 1)
+            point = (source.random_raw() >> 11) * 2.0**-53 * ends[-1]
+            # rounding can put the point on the end, which belongs to no sample
+            index = min(int(np.searchsorted(ends, point, side="right")), int(weights.nonzero()[0][-1]))
+            drawn.append(int(used[index]))
+            weights[index] = 0.0
+        return drawn
+
+    def evict(self, slot: int) -> None:
+        """Remove a sample and wipe its tokens, in O(1).
+
+        Raises:
+            ValueError: the slot is empty.
+        """
+        self._check_used(slot)
+        self._forget(slot)
+        self._free.append(slot)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies as (tensors, JSON-able rest): a row per sample, the oldest first, cut to the longest."""
+        order = np.fromiter(self._order, np.int64, len(self._order))
+        longest = int(self._columns["length"][order].max(initial=0))
+        tensors = {key: torch.from_numpy(column[order]) for key, column in self._columns.items()}
+        tensors["ids"] = torch.from_numpy(self._ids[order, :longest])
+        tensors["slots"] = torch.from_numpy(order)
+        tensors["free"] = torch.tensor(self._free, dtype=torch.int64)
+        meta = {
+            "capacity": self.capacity,
+            "slot_tokens": self.slot_tokens,
+            "vocab_size": self.vocab_size,
+            "seen": self.seen,
+            "experts": list(self._experts),
+        }
+        return tensors, meta
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        """Become the saved ring: samples, slots, order, free slots and counters; the settings stay as built.
+
+        Raises:
+            ValueError: the state is of a ring of another shape or does not fit together. Nothing changed.
+        """
+        for key in ("capacity", "slot_tokens", "vocab_size"):
+            if meta[key] != getattr(self, key):
+                raise ValueError(
+                    f"the saved ring has {key} {meta[key]}, this one {getattr(self, key)}: use the saved"
+                )
+        order = tensors["slots"].tolist()
+        free = tensors["free"].tolist()
+        if sorted(order + free) != list(range(self.capacity)):
+            raise ValueError(
+                "the saved ring is damaged: used and free slots are not all slots; load an older state"
+            )
+        columns = {key: tensors[key].numpy() for key in _COLUMNS}
+        ids = tensors["ids"].numpy()
+        experts = [str(name) for name in meta["experts"]]
+        longest = int(columns["length"].max(initial=0))
+        if (
+            ids.shape != (len(order), longest)
+            or any(column.shape != (len(order),) for column in columns.values())
+            or longest > self.slot_tokens
+            or len(set(columns["uid"].tolist())) != len(order)
+            or not all(0 <= expert < len(experts) for expert in columns["expert"].tolist())
+        ):
+            raise ValueError("the saved ring is damaged: its rows do not fit together; load an older state")
+        self._ids[:] = 0
+        self._ids[order, :longest] = ids
+        for key, column in columns.items():
+            self._columns[key][order] = column
+        self._experts, self._free, self.seen = experts, free, int(meta["seen"])
+        self._order = OrderedDict.fromkeys(order)
+        self._by_uid = dict(zip(columns["uid"].tolist(), order, strict=True))
+
+    def _checked_ids(self, ids: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+        tokens = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids)
+        if not tokens.size:
+            raise ValueError("a sample without tokens cannot be kept: leave it out")
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"ids are {tokens.dtype} {tokens.shape}: expected integers in one dimension")
+        if len(tokens) > self.slot_tokens:
+            raise ValueError(
+                f"a sample of {len(tokens)} tokens does not fit in a slot of {self.slot_tokens}: cut it"
+            )
+        if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise ValueError(
+                f"ids {tokens.min()} to {tokens.max()} are outside the vocabulary of {self.vocab_size} tokens"
+            )
+        return tokens
+
+    def _check_used(self, slot: int) -> None:
+        if slot not in self._order:
+            raise ValueError(f"slot {slot} of the replay ring is empty")
+
+    def _forget(self, slot: int) -> None:
+        del self._order[slot]
+        del self._by_uid[int(self._columns["uid"][slot])]
+        self._ids[slot] = 0
+
+    def _weights(self, slots: np.ndarray) -> np.ndarray:
+        """Relative chances `[n]`: what was not measured yet counts like the largest that was."""
+        if self.policy == "uniform":
+            return np.ones(len(slots))
+        priority = self._columns[self.policy][slots]
+        largest = np.nanmax(priority) if np.isfinite(priority).any() else 0.0
+        if largest == 0.0:
+            return np.ones(len(slots))
+        weights = np.where(np.isnan(priority), 1.0, priority / largest)
+        return np.maximum(weights, _FLOOR * weights.mean())
+
+    def _random(self, stream: int, counter: int) -> np.random.Philox:
+        """Counter-based source; raw words, because numpy promises their values across its versions."""
+        return np.random.Philox(key=[self.seed, stream], counter=[0, counter, 0, 0])
+
+
+def _below(source: np.random.Philox, limit: int) -> int:
+    """A uniform integer in [0, limit): the high word of 64 random bits times the limit."""
+    return source.random_raw() * limit >> 64

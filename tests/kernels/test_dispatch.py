@@ -1,0 +1,144 @@
+"""Which backend computes, and what is refused before one does."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ogpstream.kernels import dispatch, reference
+
+REFERENCE = dispatch.backend_for(torch.zeros(1))
+MOMENTS = dict(step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    """A copy of the registry and no choice in the environment."""
+    monkeypatch.setattr(dispatch, "_backends", dict(dispatch._backends))
+    monkeypatch.delenv(dispatch.ENV, raising=False)
+
+
+def on_cuda():
+    with FakeTensorMode():
+        return torch.empty(1, device="cuda")
+
+
+@pytest.mark.parametrize("choice", [None, "", "auto", "reference"])
+def test_the_reference_runs_on_a_cpu(choice, monkeypatch):
+    if choice is not None:
+        monkeypatch.setenv(dispatch.ENV, choice)
+    backend = dispatch.backend_for(torch.zeros(1))
+    assert backend.name == "reference" and backend.lora_backward is reference.lora_backward
+
+
+def test_auto_takes_triton_on_cuda_once_it_is_registered(monkeypatch):
+    assert dispatch.backend_for(on_cuda()).name == "reference"
+    dispatch.register_backend(dataclasses.replace(REFERENCE, name="triton"))
+    assert dispatch.backend_for(on_cuda()).name == "triton"
+    assert dispatch.backend_for(torch.zeros(1)).name == "reference"
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    assert dispatch.backend_for(torch.zeros(1)).name == "triton"
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    assert dispatch.backend_for(on_cuda()).name == "reference"
+
+
+@pytest.mark.parametrize("choice", ["triton", "cuda"])
+def test_a_backend_that_is_not_there_is_an_error_of_one_line(choice, monkeypatch):
+    monkeypatch.delitem(dispatch._backends, "triton", raising=False)
+    monkeypatch.setenv(dispatch.ENV, choice)
+    with pytest.raises(ValueError, match=rf"^OGPSTREAM_BACKEND={choice}: .* auto, reference$"):
+        dispatch.sgd_(torch.zeros(2), torch.zeros(2), lr=0.1)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'reference' is registered already"):
+        dispatch.register_backend(REFERENCE)
+
+
+def test_every_operation_reaches_the_chosen_backend_with_its_arguments(monkeypatch):
+    calls = {}
+
+    def recorder(name):
+        return lambda *args, **kwargs: calls.setdefault(name, (args, kwargs))
+
+    operations = [field.name for field in dataclasses.fields(dispatch.Backend) if field.name != "name"]
+    dispatch.register_backend(dispatch.Backend("spy", *map(recorder, operations)))
+    monkeypatch.setenv(dispatch.ENV, "spy")
+    x, g, A, B, scale = (torch.zeros(s) for s in ((3, 4), (3, 5), (4, 2), (2, 5), (2,)))
+    h, rows, weights, ids = torch.zeros(3, 2), torch.zeros(7, 4), torch.zeros(7), torch.zeros(3).long()
+    chosen = dict(trained=slice(1, 2), h=h, base_dx=x)
+    m, v = torch.zeros_like(A), torch.zeros_like(A)
+    dispatch.lora_forward(x, A, B, scale)
+    dispatch.lora_backward(x, g, A, B, scale, **chosen)
+    dispatch.project_out_(A, rows, chunk=5, weights=weights)
+    dispatch.sgd_(A, A, lr=0.1, weight_decay=0.2)
+    dispatch.adam_(A, A, m, v, **MOMENTS, weight_decay=0.2)
+    dispatch.cross_entropy(x, ids)
+    expected = {
+        "lora_forward": ((x, A, B, scale), {}),
+        "lora_backward": ((x, g, A, B, scale), chosen),
+        "project_out_": ((A, rows), dict(chunk=5, weights=weights)),
+        "sgd_": ((A, A), dict(lr=0.1, weight_decay=0.2)),
+        "adam_": ((A, A, m, v), dict(MOMENTS, weight_decay=0.2)),
+        "cross_entropy": ((x, ids), {}),
+    }
+    assert calls.keys() == expected.keys() == set(operations)
+    for name, (args, kwargs) in expected.items():
+        assert [id(a) for a in args] == [id(a) for a in calls[name][0]], name
+        assert kwargs.keys() == calls[name][1].keys(), name
+        assert all(calls[name][1][key] is value for key, value in kwargs.items()), name
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def forward(x=(3, 4), A=(4, 2), scale=(2,)):
+    dispatch.lora_forward(zeros(*x), zeros(*A), zeros(2, 5), zeros(*scale))
+
+
+def backward(g=(3, 5), start=0, stop=2, stride=None, **optional):
+    optional = {name: zeros(*shape) for name, shape in optional.items()}
+    factors = zeros(4, 2), zeros(2, 5), zeros(2)
+    dispatch.lora_backward(zeros(3, 4), zeros(*g), *factors, trained=slice(start, stop, stride), **optional)
+
+
+def project(Z=(4, 2), rows=(3, 4), dtype=torch.float32, **optional):
+    dispatch.project_out_(zeros(*Z, dtype=dtype), zeros(*rows), **optional)
+
+
+def adam(exp_avg=(4,), dtype=torch.float32, step=1):
+    dispatch.adam_(zeros(4), zeros(4), zeros(*exp_avg), zeros(4, dtype=dtype), **dict(MOMENTS, step=step))
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda: forward(x=(2, 3, 4)), "x has shape [2, 3, 4], needs 2 dimensions"),
+        (lambda: forward(A=(2, 4)), "A has shape [2, 4], needs [4, 2]"),
+        (lambda: forward(scale=(1,)), "scale has shape [1], needs [2]"),
+        (lambda: backward(g=(1, 5)), "g has shape [1, 5], needs [3, 5]"),
+        (lambda: backward(h=(3, 1)), "h has shape [3, 1], needs [3, 2]"),
+        (lambda: backward(base_dx=(1, 4)), "base_dx has shape [1, 4], needs [3, 4]"),
+        (lambda: backward(stop=3), "trained is slice(0, 3, None), needs slice(start, stop) within the 2"),
+        (lambda: backward(stride=2), "trained is slice(0, 2, 2)"),
+        (lambda: backward(start=None), "trained is slice(None, 2, None)"),
+        (lambda: backward(start=-1), "trained is slice(-1, 2, None)"),
+        (lambda: project(dtype=torch.bfloat16), "Z is torch.bfloat16, needs float32 or float64"),
+        (lambda: project(Z=(4,)), "Z has shape [4], needs 2 dimensions"),
+        (lambda: project(rows=(4, 3)), "rows has shape [4, 3], needs [4, 4]"),
+        (lambda: project(weights=zeros(1)), "weights has shape [1], needs [3]"),
+        (lambda: project(chunk=0), "chunk is 0"),
+        (lambda: dispatch.sgd_(zeros(4, dtype=torch.float16), zeros(4), lr=1.0), "w is torch.float16"),
+        (lambda: dispatch.sgd_(zeros(4), zeros(1), lr=1.0), "g has shape [1], needs [4]"),
+        (lambda: adam(exp_avg=(1,)), "exp_avg has shape [1], needs [4]"),
+        (lambda: adam(dtype=torch.float64), "exp_avg_sq is torch.float64, needs the dtype of w"),
+        (lambda: adam(step=0), "step is 0, the first step is 1"),
+        (lambda: dispatch.cross_entropy(zeros(3, 4), zeros(1).long()), "target has shape [1], needs [3]"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -1,0 +1,323 @@
+"""Replay ring against a plain list, the chances of its draws, and its state bit for bit."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ogpstream.memory.replay import ReplayRing, SlotFlag
+
+TOKENS, VOCAB = 6, 70_000
+
+
+@dataclass
+class Kept:
+    slot: int
+    ids: list[int]
+    prompt_length: int
+    expert: str
+    uid: int
+    flags: SlotFlag = SlotFlag(0)
+    updates: int = 0
+    loss: float | None = None
+    gradient_norm: float | None = None
+
+
+class RingMachine(RuleBasedStateMachine):
+    """Every operation on the ring and on a list of what must be in it, the oldest first."""
+
+    keep = "recent"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ring = ReplayRing(5, TOKENS, vocab_size=VOCAB, keep=self.keep, seed=3)  # type: ignore[arg-type]
+        self.kept: list[Kept] = []
+        self.offered = 0
+
+    @rule(ids=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=TOKENS), data=st.data())
+    def add(self, ids: list[int], data: st.DataObject) -> None:
+        prompt_length = data.draw(st.integers(0, len(ids) - 1))
+        expert = data.draw(st.sampled_from(["default", "legal"]))
+        oldest = self.kept[0].slot if self.kept else None
+        full = len(self.kept) == 5
+        slot = self.ring.add(ids, prompt_length, expert=expert, uid=2**62 + self.offered)
+        self.offered += 1
+        if full and self.keep == "recent":
+            assert slot == oldest
+        if not full:
+            assert slot is not None and slot not in {kept.slot for kept in self.kept}
+        if slot is None:
+            return
+        self.kept = [kept for kept in self.kept if kept.slot != slot]
+        self.kept.append(Kept(slot, ids, prompt_length, expert, 2**62 + self.offered - 1))
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        kept = data.draw(st.sampled_from(self.kept))
+        self.ring.evict(kept.slot)
+        self.kept.remove(kept)
+        assert not self.ring.storage.numpy()[kept.slot].any(), "the tokens are wiped"
+        assert self.ring.find(kept.uid) is None
+        with pytest.raises(ValueError, match="empty"):
+            self.ring.get(kept.slot)
+
+    @precondition(lambda self: self.kept)
+    @rule(data=st.data(), loss=st.none() | st.floats(0, 1e300), flags=st.sampled_from(list(SlotFlag)))
+    def mark(self, data: st.DataObject, loss: float | None, flags: SlotFlag) -> None:
+        kept = data.draw(st.sampled_from(self.kept))
+        self.ring.mark(kept.slot, flags, loss=loss, updates=1)
+        kept.flags |= flags
+        kept.updates += 1
+        kept.loss = kept.loss if loss is None else loss
+
+    @rule()
+    def reload(self) -> None:
+        self.ring = reloaded(self.ring)
+
+    @invariant()
+    def agree(self) -> None:
+        assert self.ring.slots == [kept.slot for kept in self.kept]
+        assert len(self.ring) == len(self.kept)
+        assert self.ring.seen == self.offered
+        for kept in self.kept:
+            slot = self.ring.get(kept.slot)
+            assert slot.ids.dtype == torch.int64
+            found = {**vars(slot), "ids": slot.ids.tolist()}
+            assert found == vars(kept)
+            assert self.ring.find(kept.uid) == kept.slot
+        rehearsed = SlotFlag.REHEARSED
+        assert self.ring.pending() == [kept.slot for kept in self.kept if not kept.flags & rehearsed]
+        assert sorted(self.ring.draw(9, counter=self.offered)) == sorted(kept.slot for kept in self.kept)
+
+
+class ReservoirMachine(RingMachine):
+    keep = "reservoir"
+
+
+TestRecent = RingMachine.TestCase
+TestReservoir = ReservoirMachine.TestCase
+TestRecent.settings = TestReservoir.settings = settings(max_examples=25, stateful_step_count=25)
+
+
+def reloaded(ring: ReplayRing, **settings: Any) -> ReplayRing:
+    tensors, meta = ring.state_dict()
+    settings = {
+        "vocab_size": ring.vocab_size,
+        "keep": ring.keep,
+        "draw": ring.policy,
+        "seed": ring.seed,
+        **settings,
+    }
+    other = ReplayRing(ring.capacity, ring.slot_tokens, **settings)
+    other.load_state_dict(
+        safetensors.torch.load(safetensors.torch.save(tensors)), json.loads(json.dumps(meta))
+    )
+    return other
+
+
+def assert_same_state(one: ReplayRing, other: ReplayRing) -> None:
+    (tensors, meta), (others, other_meta) = one.state_dict(), other.state_dict()
+    assert meta == other_meta
+    for key in tensors:
+        # bytes, because a priority that was never measured is a NaN
+        assert tensors[key].numpy().tobytes() == others[key].numpy().tobytes(), key
+    assert np.array_equal(one.storage.numpy(), other.storage.numpy())
+
+
+def filled(count: int, **settings: Any) -> ReplayRing:
+    ring = ReplayRing(
+        settings.pop("capacity", 8), TOKENS, vocab_size=settings.pop("vocab_size", 100), **settings
+    )
+    for uid in range(count):
+        ring.add([uid % 100, 1, 2], 1, expert="default", uid=uid)
+    return ring
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(65_536, 2), (65_537, 4), (2**32, 4)])
+def test_the_largest_id_of_each_vocabulary_survives(vocab_size: int, size: int) -> None:
+    ring = ReplayRing(3, 4, vocab_size=vocab_size)
+    slot = ring.add([0, vocab_size - 1], 1, expert="default", uid=2**63 - 1)
+    assert slot is not None
+    assert reloaded(ring).get(slot).ids.tolist() == [0, vocab_size - 1]
+    assert reloaded(ring).get(slot).uid == 2**63 - 1
+    assert ring.storage.shape == (3, 4) and ring.storage.nbytes == 3 * 4 * size
+    assert ring.storage.is_contiguous() and ring.nbytes > ring.storage.nbytes
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        ring.add([vocab_size], 0, expert="default", uid=0)
+
+
+def test_ids_come_as_lists_arrays_and_tensors() -> None:
+    ring = ReplayRing(4, TOKENS, vocab_size=100)
+    for uid, ids in enumerate(([1, 2], np.array([1, 2], dtype=np.int32), torch.tensor([1, 2]), (1, 2))):
+        slot = ring.add(ids, 1, expert="default", uid=uid)  # type: ignore[arg-type]
+        assert slot is not None and ring.get(slot).ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "prompt_length", "uid", "message"),
+    [
+        ([1] * 7, 1, 5, "does not fit"),
+        (torch.zeros(0, dtype=torch.int64), 0, 5, "without tokens"),
+        ([], 0, 5, "without tokens"),
+        ([1.0, 2.0], 1, 5, "integers"),
+        ([[1, 2]], 1, 5, "one dimension"),
+        ([1, 100], 1, 5, "vocabulary"),
+        ([-1, 1], 1, 5, "vocabulary"),
+        ([1, 2], 2, 5, "prompt_length"),
+        ([1, 2], -1, 5, "prompt_length"),
+        ([1, 2], 1, 0, "uid 0"),
+        ([1, 2], 1, 2**63, "uid"),
+    ],
+)
+def test_a_sample_that_does_not_fit_changes_nothing(
+    ids: Any, prompt_length: int, uid: int, message: str
+) -> None:
+    ring, same = filled(8), filled(8)
+    with pytest.raises(ValueError, match=message):
+        ring.add(ids, prompt_length, expert="new", uid=uid)
+    assert_same_state(ring, same)
+
+
+def test_a_get_is_a_copy() -> None:
+    ring = filled(1)
+    ring.get(0).ids.fill_(9)
+    assert ring.get(0).ids.tolist() == [0, 1, 2]
+
+
+def test_evicted_slots_are_used_before_the_oldest_is_overwritten() -> None:
+    ring = filled(8)
+    ring.evict(5)
+    ring.evict(2)
+    assert [ring.add([1], 0, expert="default", uid=uid) for uid in (10, 11, 12)] == [2, 5, 0]
+    assert [ring.get(slot).uid for slot in ring.slots] == [1, 3, 4, 6, 7, 10, 11, 12]
+
+
+def test_the_reservoir_holds_every_sample_with_the_same_chance() -> None:
+    held: Counter[int] = Counter()
+    for seed in range(300):
+        ring = filled(40, capacity=8, keep="reservoir", seed=seed)
+        held.update(ring.get(slot).uid for slot in ring.slots)
+    # 60 expected of each, standard deviation below 7: five of them
+    assert all(25 <= held[uid] <= 95 for uid in range(40)), held
+    # the earliest and the latest quarter: 600 each, standard deviation below 22
+    assert abs(sum(held[uid] for uid in range(10)) - 600) < 110
+    assert abs(sum(held[uid] for uid in range(30, 40)) - 600) < 110
+
+
+def test_a_draw_depends_on_ring_seed_and_counter_alone() -> None:
+    ring, same, other = filled(8, seed=4), filled(8, seed=4), filled(8, seed=5)
+    draws = [ring.draw(3, counter=counter) for counter in range(50)]
+    assert [same.draw(3, counter=counter) for counter in reversed(range(50))] == draws[::-1]
+    assert [other.draw(3, counter=counter) for counter in range(50)] != draws
+    assert [reloaded(ring).draw(3, counter=counter) for counter in range(50)] == draws
+    assert len({tuple(drawn) for drawn in draws}) > 20
+    assert all(len(set(drawn)) == 3 for drawn in draws)
+
+
+def test_a_draw_can_leave_slots_out_and_gives_no_more_than_there_is() -> None:
+    ring = filled(4)
+    assert {ring.draw(counter=counter, exclude=[0, 2])[0] for counter in range(40)} == {1, 3}
+    assert sorted(ring.draw(9, counter=0, exclude=[1])) == [0, 2, 3]
+    assert ring.draw(counter=0, exclude=[0, 1, 2, 3]) == [] == filled(0).draw(counter=0)
+
+
+def chances(ring: ReplayRing, draws: int = 3000) -> list[float]:
+    drawn = Counter(ring.draw(counter=counter)[0] for counter in range(draws))
+    return [drawn[slot] / draws for slot in range(ring.capacity)]
+
+
+def test_uniform_draws_ignore_priorities() -> None:
+    ring = filled(4, capacity=4)
+    ring.mark(0, loss=100.0, gradient_norm=100.0)
+    assert chances(ring) == pytest.approx([0.25] * 4, abs=0.03)
+
+
+@pytest.mark.parametrize("policy", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e307])
+def test_draws_follow_the_priority_and_starve_none(policy: str, scale: float) -> None:
+    ring = filled(4, capacity=4, draw=policy)
+    assert chances(ring, 2000) == pytest.approx([0.25] * 4, abs=0.05)
+    for slot, priority in enumerate((1.0, 4.0, 0.0)):
+        ring.mark(slot, **{policy: priority * scale})  # type: ignore[arg-type]
+    # the last was never measured: like the largest; the third has the floor, a tenth of the mean (9 / 4)
+    expected = np.array([1.0, 4.0, 0.225, 4.0])
+    measured = chances(ring)
+    assert measured == pytest.approx(list(expected / expected.sum()), abs=0.03)
+    # 73 draws expected of the third, standard deviation below 9
+    assert 0.01 < measured[2] < 0.04
+    ring.mark(1, **{policy: 0.0})  # type: ignore[arg-type]
+    for slot in (0, 3):
+        ring.mark(slot, **{policy: 0.0})  # type: ignore[arg-type]
+    assert chances(ring, 2000) == pytest.approx([0.25] * 4, abs=0.05)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_priority_that_is_no_size_is_refused(value: float) -> None:
+    ring = filled(2)
+    for key in ("loss", "gradient_norm"):
+        with pytest.raises(ValueError, match=key):
+            ring.mark(0, SlotFlag.REHEARSED, updates=1, **{key: value})
+    assert ring.get(0).flags == SlotFlag(0) and ring.get(0).updates == 0
+    with pytest.raises(ValueError, match="empty"):
+        ring.mark(7, SlotFlag.REHEARSED)
+
+
+def test_the_state_is_small_and_goes_on_exactly() -> None:
+    ring = filled(300, capacity=64, keep="reservoir", seed=7)
+    for slot in (3, 60, 17):
+        ring.evict(slot)
+    ring.mark(5, SlotFlag.PROTECTED, loss=0.1, gradient_norm=1e-9, updates=3)
+    tensors, _ = ring.state_dict()
+    assert tensors["ids"].shape == (61, 3)
+    other = reloaded(ring)
+    for uid in range(300, 400):
+        ids = [uid % 100] * (1 + uid % TOKENS)
+        assert ring.add(ids, 0, expert="legal", uid=uid) == other.add(ids, 0, expert="legal", uid=uid)
+    assert_same_state(ring, other)
+
+
+def test_an_empty_ring_is_saved_too() -> None:
+    assert len(reloaded(filled(0))) == 0
+
+
+@pytest.mark.parametrize("damage", ["capacity", "slot_tokens", "vocab_size", "free", "ids", "uid", "expert"])
+def test_a_state_that_does_not_fit_changes_nothing(damage: str) -> None:
+    tensors, meta = filled(5).state_dict()
+    if damage in meta:
+        meta[damage] += 1
+    elif damage == "free":
+        tensors["free"] = tensors["free"][1:]
+    elif damage == "ids":
+        tensors["ids"] = tensors["ids"][:, 1:]
+    else:
+        tensors[damage][1] = 0 if damage == "uid" else 1
+    ring = filled(2)
+    with pytest.raises(ValueError, match="saved ring"):
+        ring.load_state_dict(tensors, meta)
+    assert [ring.get(slot).uid for slot in ring.slots] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"capacity": 0},
+        {"slot_tokens": 0},
+        {"vocab_size": 0},
+        {"vocab_size": 2**32 + 1},
+        {"keep": "newest"},
+        {"draw": "random"},
+        {"seed": -1},
+    ],
+)
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(*wrong.values())):
+        ReplayRing(**{"vocab_size": 100, **wrong})
