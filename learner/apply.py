@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.update import Lesson, Updater
-from ogpstream.memory.replay import SlotFlag
+from ogpstream.memory.replay import Slot, SlotFlag
 
 Record = dict[str, Any]
 Report = SampleReport | RehearsalReport | None
@@ -71,33 +71,33 @@ class Applier:
     def _sample(self, record: Record) -> Generator[str, None, SampleReport]:
         started = time.perf_counter()
         counters, ring = self.state.counters, self.state.ring
-        loss = None
+        loss, reason = None, None
         updates: list[Update] = []
         if self.state.position.done == 0:
             self._make_active(record["expert"])
-            lesson = Lesson(record["ids"], record["prompt_length"], again=False)
-            update = yield from self.updater.run(record["expert"], [lesson])
-            loss = update.losses[0]
+            slots = self._draw(record["rehearsals"], expert=record["expert"])
+            new = Lesson(record["ids"], record["prompt_length"], again=False)
+            update = yield from self.updater.run(record["expert"], [new, *map(_lesson, slots)])
+            loss, reason = update.losses[0], update.refusal
             counters.acknowledged += 1
-            counters.gradients += 1
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
-            if update.refusal is not None:
+            if reason is not None:
+                counters.gradients += 1 + len(slots)
                 counters.rejected += 1
-                self.folder.quarantine({**record, "reason": update.refusal})
-                return self._report(record, "rejected", started, loss, updates, update.refusal)
+                self.folder.quarantine({**record, "reason": reason})
+                return self._report(record, "rejected", started, loss, updates, reason)
             counters.learned += 1
+            self._note(slots, update, first=1)
             slot = ring.add(record["ids"], record["prompt_length"], expert=record["expert"], uid=record["seq"])
             if slot is not None:
                 ring.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
             updates.append(update)
-            self._commit()
-        every = self.config.replay_every
-        replays = 1 if every and counters.learned % every == 0 else 0
-        while self.state.position.done < 1 + replays + record["rehearsals"]:
-            # replay draws at random; rehearsal takes turns between that and what was not rehearsed yet
-            waiting = self.state.position.done > replays and counters.draws % 2 == 0
-            updates.append((yield from self._rehearse(waiting=waiting)))
+            self._commit(gradients=1 + len(slots))
+        # rehearsal in the same update takes the place of the replayed sample after every 16th
+        every = 0 if record["rehearsals"] else self.config.replay_every
+        if every and counters.learned % every == 0 and self.state.position.done == 1:
+            updates.append((yield from self._rehearse(1, waiting=False)))
         return self._report(record, "learned", started, loss, updates, None)
 
     def _report(self, record: Record, status: Any, started: float, loss: float | None, updates: list[Update],
@@ -111,39 +111,50 @@ class Applier:
     def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
         updates: list[Update] = []
         while self.state.position.done < record["updates"] and len(self.state.ring):
-            waiting = record["waiting_only"] or self.state.counters.draws % 2 == 0
-            updates.append((yield from self._rehearse(waiting=waiting)))
+            count = 1 if record["waiting_only"] else self.config.rehearsal_batch
+            updates.append((yield from self._rehearse(count, waiting=record["waiting_only"])))
         self.state.counters.consolidated_at = self.state.counters.learned
         losses = [loss for update in updates for loss in update.losses]
         return RehearsalReport(len(updates), self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, sum(u.admitted for u in updates))
 
-    def _rehearse(self, *, waiting: bool) -> Generator[str, None, Update]:
-        """One update on an old sample: the oldest not rehearsed yet, if `waiting` and there is one, or a random one."""
-        ring, counters = self.state.ring, self.state.counters
+    def _rehearse(self, count: int, *, waiting: bool) -> Generator[str, None, Update]:
+        """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
+        ring = self.state.ring
         pending = ring.pending() if waiting else []
-        slot = ring.get(pending[0] if pending else ring.draw(1, counter=counters.draws)[0])
-        self._make_active(slot.expert)
-        lesson = Lesson(slot.ids.tolist(), slot.prompt_length, again=True)
-        update = yield from self.updater.run(slot.expert, [lesson])
-        flags = SlotFlag.REHEARSED
-        if update.learned[0]:
-            flags |= SlotFlag.LEARNED
-        if update.admitted:
-            flags |= SlotFlag.PROTECTED
-        measured = update.refusal is None
-        ring.mark(slot.slot, flags, loss=update.losses[0] if measured else None,
-                  gradient_norm=update.gradient_norms[0] if measured else None, updates=1)
-        counters.draws += 1
-        counters.gradients += 1
-        self._commit()
+        slots = [ring.get(pending[0])] if pending else self._draw(1)
+        slots += self._draw(count - 1, expert=slots[0].expert, exclude=slots[0].slot)
+        self._make_active(slots[0].expert)
+        update = yield from self.updater.run(slots[0].expert, [_lesson(slot) for slot in slots])
+        self._note(slots, update, first=0)
+        self._commit(gradients=len(slots))
         return update
 
-    def _commit(self) -> None:
+    def _draw(self, count: int, *, expert: str | None = None, exclude: int | None = None) -> list[Slot]:
+        # numbered by what is committed, so that an aborted update draws the same samples again
+        ring, number = self.state.ring, 2 * self.state.counters.updates + (exclude is not None)
+        drawn = ring.draw(count, counter=number, expert=expert, exclude=() if exclude is None else (exclude,))
+        return [ring.get(slot) for slot in drawn]
+
+    def _note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
+        """Mark rehearsed samples with what their lessons, from number `first` on, showed."""
+        for at, slot in enumerate(slots, first):
+            flags = SlotFlag.REHEARSED
+            if update.learned[at]:
+                flags |= SlotFlag.LEARNED
+            if update.refusal is None:
+                self.state.ring.mark(slot.slot, flags, loss=update.losses[at],
+                                     gradient_norm=update.gradient_norms[at], updates=1)
+            else:
+                self.state.ring.mark(slot.slot, flags)
+
+    def _commit(self, *, gradients: int) -> None:
         """One update of the current record is in the state; every so many, it is saved."""
+        counters = self.state.counters
         self.state.position.done += 1
-        self.state.counters.updates += 1
-        if self.state.counters.updates % self.config.snapshot_every == 0:
+        counters.updates += 1
+        counters.gradients += gradients
+        if counters.updates % self.config.snapshot_every == 0:
             self.checkpoint()
 
     # records without an update
@@ -253,3 +264,7 @@ class Applier:
                          meta["environment"], self.own["environment"])
         self.state.restore(tensors, meta)
         self.updater.attachment.binding.served = self.state.store.served
+
+
+def _lesson(slot: Slot) -> Lesson:
+    return Lesson(slot.ids.tolist(), slot.prompt_length, again=True)

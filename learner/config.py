@@ -49,7 +49,8 @@ class LearnerConfig:
     basis_share: float = 0.75  # of D_in that P may take: the rest is the room to learn
     novelty: float = 0.5  # |u - P P.T u| above which a candidate direction u joins P
     learned_below: float = 0.5  # nats per token under which an updated sample counts as learned
-    directions_per_sample: int = 2  # candidates per linear input and learned sample
+    settled_below: float = 0.1  # nats per token under which a sample no longer moves the adapter
+    directions_per_sample: int = 1  # candidates per linear input and learned sample
     held_rank: int | None = 16  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
     use_window: int = 1000  # updates over which the use of a direction is counted
 
@@ -59,13 +60,15 @@ class LearnerConfig:
     warm_share: float = 0.5  # of m, at most, for these directions
     warm_samples: int = 64  # of the model's own, where no calibration text is given
     warm_tokens: int = 96  # tokens each
+    base_anchor: float = 1e-3  # pull on what an expert adds to the base's own inputs, per update; 0 is off
 
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring
     ring_keep: RingKeep = "reservoir"  # which samples stay when it is full
     ring_draw: RingDraw = "uniform"
     replay_every: int = 16  # new samples per replayed one; 0 never replays
-    rehearsals: int = 1  # updates on old samples per new one where there is no idle time (`learn`, `learn_batch`)
+    rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
+    rehearsal_batch: int = 2  # old samples in one update of `consolidate`
 
     # samples
     max_tokens: int = 1024  # T, also bounded by the model's positions; prompts are cut from the left
@@ -83,11 +86,12 @@ class LearnerConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
         positive = ("rank", "alpha", "max_active", "lr", "basis_columns", "use_window", "warm_samples", "warm_tokens",
-                    "ring_samples", "max_tokens", "loss_chunk", "snapshot_every", "learned_below")
+                    "ring_samples", "max_tokens", "loss_chunk", "snapshot_every", "learned_below", "rehearsal_batch")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
-        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample"):
+        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample", "settled_below",
+                     "base_anchor"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         for name in ("basis_share", "novelty", "warm_energy", "warm_share"):
@@ -109,7 +113,7 @@ class LearnerConfig:
     def literal(cls, **changes: Any) -> LearnerConfig:
         """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
         spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", warm_start=False,
-                                    directions_per_sample=1, rehearsals=0)
+                                    settled_below=0.0, rehearsals=0)
         return cls(**{**spec, **changes})
 
     @classmethod

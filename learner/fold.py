@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ogpstream.memory.adapters import Held
+from ogpstream.memory.experts import Held
 
 # singular values under this share of the largest are rounding (fp32 factors carry 6e-8), not content
 NEGLIGIBLE = 1e-9
@@ -24,10 +24,12 @@ NEGLIGIBLE = 1e-9
 
 @dataclass(frozen=True)
 class Cut:
-    """What a cut dropped: its first singular value (a bound on the change of x W per |x|) and the energy of all."""
+    """What a cut dropped: its first singular value (a bound on the change of x W per |x|), the energy of all of them,
+    and the dropped matrix itself as two factors (None where nothing was dropped)."""
 
-    first: float
-    energy: float
+    first: float = 0.0
+    energy: float = 0.0
+    dropped: Held | None = None
 
 
 def remove(block: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,14 +64,14 @@ def add_to_held(held: Held, directions: Tensor, coefficients: Tensor, B: Tensor,
     """
     j, r = coefficients.shape
     if not bool(B.any()) or not bool(coefficients.any()):
-        return held, Cut(0.0, 0.0)
+        return held, Cut()
     if j <= r:
         left, right = directions, scaling * (coefficients @ B)
     else:
         left, right = directions @ coefficients, scaling * B
     U, V = torch.cat([held.U, left], 1), torch.cat([held.V, right], 0)
     if held_rank is None:
-        return Held(U, V), Cut(0.0, 0.0)
+        return Held(U, V), Cut()
     return cut(U, V, held_rank)
 
 
@@ -88,5 +90,8 @@ def cut(U: Tensor, V: Tensor, rank: int) -> tuple[Held, Cut]:
     keep = min(rank, int((s > NEGLIGIBLE * s[0]).sum()))
     root = s[:keep].sqrt()
     held = Held(((q_left @ u[:, :keep]) * root).to(U.dtype), (root[:, None] * (q_right @ vt[:keep].T).T).to(V.dtype))
-    dropped = s[keep:] if keep == rank else s[:0]
-    return held, Cut(float(dropped[0]) if len(dropped) else 0.0, float((dropped**2).sum()))
+    if keep < rank or keep == len(s):
+        return held, Cut()
+    rest = s[keep:]
+    dropped = Held((q_left @ (u[:, keep:] * rest)).to(U.dtype), (q_right @ vt[keep:].T).T.to(V.dtype))
+    return held, Cut(float(rest[0]), float((rest**2).sum()), dropped)

@@ -15,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from ogpstream.learner.errors import StateError
-from ogpstream.memory.journal import Journal, JournalDamaged, JournalFailed, JournalLocked, canonical_json
+from ogpstream.memory.canonical import canonical_json
+from ogpstream.memory.frames import JournalDamaged
+from ogpstream.memory.journal import Journal, JournalFailed, JournalLocked
 from ogpstream.memory.snapshot import Snapshot, SnapshotDamaged, SnapshotFormat, SnapshotStore
 
 

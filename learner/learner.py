@@ -27,7 +27,8 @@ from ogpstream.learner.samples import Encoded, Refused, Sample, encode
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import Counters, LearnerState, Position, environment, fingerprint
 from ogpstream.learner.update import Updater
-from ogpstream.memory.adapters import AdapterStore, Expert, UnknownExpert
+from ogpstream.memory.adapters import AdapterStore, UnknownExpert
+from ogpstream.memory.experts import Expert
 from ogpstream.memory.replay import ReplayRing
 from ogpstream.memory.seen import SeenIds
 
@@ -482,13 +483,7 @@ class StreamLearner:
             if self.tokenizer is None:
                 raise ConfigError("calibration texts need a tokenizer: give one, or no texts")
             texts = [ids for text in calibration if (ids := self.tokenizer(text).input_ids[: self.max_tokens])]
-        covariances = warmstart.input_covariances(self.attachment, texts)
-        found = {
-            key: warmstart.leading_directions(covariances[key], energy=config.warm_energy,
-                                              at_most=int(config.warm_share * basis.capacity))
-            for key, basis in self.state.protection.bases.items()
-        }
-        self.state.protection.admit(found, [], fixed=True)
+        self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))
 
 
 def _refusal(id_: str, reason: str) -> Record:

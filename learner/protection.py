@@ -7,7 +7,7 @@ folded, and B keeps moving what was protected. The guard "none" has no basis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.fold import add_to_held, remove
-from ogpstream.memory.adapters import Expert, Layout, SiteShape
 from ogpstream.memory.basis import ProjectionBasis
+from ogpstream.memory.experts import Expert, Held
+from ogpstream.memory.layout import Layout, SiteShape
 
 # |p.T Z|^2 over |Z|^2 above which an update used direction p
 USED = 1e-3
@@ -48,7 +50,10 @@ class Protection:
     def __init__(self, sites: Sequence[SiteShape], config: LearnerConfig) -> None:
         self.config = config
         self.sites = tuple(sites)
+        # told of what each cut of a held part drops: (expert, site, the dropped matrix)
+        self.on_cut: Callable[[str, int, Held], None] | None = None
         self.bases: dict[str, ProjectionBasis] = {}
+        self.anchors: dict[str, BaseAnchor] = {}
         if config.guard != "none":
             for site in sites:
                 if site.basis not in self.bases:
@@ -68,12 +73,14 @@ class Protection:
     def nbytes(self) -> int:
         return sum(basis.nbytes for basis in self.bases.values())
 
-    def project_(self, layout: Layout, slab: Tensor, *, record_use: bool) -> None:
+    def project_(self, layout: Layout, slab: Tensor) -> dict[str, Tensor]:
         """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place.
 
-        Args:
-            record_use: count which directions the slab had a share in, once per update.
+        Returns:
+            By basis, the mask `[rows]` of the directions that the slab had a share in: for `record_use` once the
+            update is committed.
         """
+        used: dict[str, Tensor] = {}
         for key, basis in self.bases.items():
             rows = _occupied(basis)
             if not len(rows):
@@ -83,10 +90,37 @@ class Protection:
             # on a CPU all chunks of 32 at once: 8 x fewer matrix products of a size where calls dominate
             chunk = 32 if block.is_cuda else len(rows)
             coefficients = dispatch.project_out_(block, rows.to(block.dtype), chunk=chunk)
-            if record_use:
-                used = torch.zeros(len(basis.rows()), dtype=torch.bool)
-                used[: len(rows)] = (coefficients.square().sum(1) > USED * energy).cpu()
-                basis.record_use(used)
+            used[key] = torch.zeros(len(basis.rows()), dtype=torch.bool)
+            used[key][: len(rows)] = (coefficients.square().sum(1) > USED * energy).cpu()
+        return used
+
+    def record_use(self, used: Mapping[str, Tensor]) -> None:
+        """Count one update, in which the directions of these masks were used."""
+        for key, mask in used.items():
+            self.bases[key].record_use(mask)
+
+    def pull_to_base_(self, layout: Layout, factors: Tensor, scaling: float) -> None:
+        """Fade what an expert adds to the base model's own inputs, in place; nothing without a warm start."""
+        if self.config.base_anchor:
+            for key, anchor in self.anchors.items():
+                anchor.pull_(layout, factors, key, scaling=scaling, strength=self.config.base_anchor)
+
+    def warm_start(self, covariances: Mapping[str, Tensor]) -> None:
+        """Protect the leading directions of the base's inputs for good, and anchor the others.
+
+        Args:
+            covariances: C `[D_in, D_in]` by basis.
+        """
+        found = {}
+        for key, covariance in covariances.items():
+            values, vectors = torch.linalg.eigh(covariance)
+            values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+            held = values.cumsum(0) / values.sum()
+            room = int(self.config.warm_share * self.bases[key].capacity)
+            count = min(int((held < self.config.warm_energy).sum()) + 1, room)
+            found[key] = vectors[:, :count]
+            self.anchors[key] = BaseAnchor.from_eigen(values, vectors, count)
+        self.admit(found, [], fixed=True)
 
     def grow(self, layout: Layout, gradient: Tensor, experts: Sequence[Expert]) -> Growth:
         """Candidates of a learned sample's dA join the bases; `experts` (the active ones) fold.
@@ -160,6 +194,8 @@ class Protection:
                                               self.config.held_rank)
                 discarded[site] += cut.first
                 discarded_sq[site] += cut.energy
+                if cut.dropped is not None and self.on_cut is not None:
+                    self.on_cut(expert.name, site, cut.dropped)
         expert.factors, expert.exp_avg, expert.held = factors, moment, held
         expert.discarded, expert.discarded_sq = discarded, discarded_sq
         expert.folded = {**expert.folded, **{key: self.bases[key].version for key in directions}}
@@ -169,6 +205,10 @@ class Protection:
         meta: dict[str, Any] = {}
         for index, (key, basis) in enumerate(self.bases.items()):
             own, meta[key] = basis.state_dict()
+            if key in self.anchors:
+                anchor = self.anchors[key]
+                own |= {"anchor_rows": anchor.rows, "anchor_weights": anchor.weights}
+                meta[key] = {**meta[key], "anchor_floor": anchor.floor}
             tensors.update({f"{index}.{name}": tensor for name, tensor in own.items()})
         return tensors, meta
 
@@ -183,7 +223,12 @@ class Protection:
         for index, (key, basis) in enumerate(self.bases.items()):
             mark = f"{index}."
             own = {name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}
-            basis.load_state_dict(own, meta[key])
+            values = dict(meta[key])
+            if "anchor_rows" in own:
+                self.anchors[key] = BaseAnchor(
+                    own.pop("anchor_rows"), own.pop("anchor_weights"), values.pop("anchor_floor")
+                )
+            basis.load_state_dict(own, values)
             basis.check()
 
 

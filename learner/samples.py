@@ -18,7 +18,7 @@ from os import PathLike
 from typing import Any, BinaryIO, NoReturn
 
 from ogpstream.learner.errors import ConfigError, SampleError
-from ogpstream.memory.journal import canonical_json
+from ogpstream.memory.canonical import canonical_json
 
 MAX_LINE = 16 * 2**20
 # lines without an id whose repetitions are counted; the same number as the window of known ids
@@ -172,20 +172,21 @@ def parse_line(line: str | bytes, *, file: str, number: int) -> Sample:
         raise SampleError(f"{file}:{number}: {error}") from None
 
 
-def read_samples(path: str | PathLike[str]) -> Iterator[tuple[int, Sample | SampleError]]:
-    """(line number from 1, sample or what is wrong with it) of each line of a JSONL file.
+def read_samples(path: str | PathLike[str]) -> Iterator[tuple[int, Sample | Refused]]:
+    """(line number from 1, sample or why there is none) of each line of a JSONL file.
 
-    The file is streamed, blank lines are passed over. A sample without an id gets "<sha256 of the
+    The file is streamed, blank lines are passed over. A line without an id gets "<sha256 of the
     line>-<occurrence>": the line's bytes without its end, and how many equal lines without an id came up to
     here. Occurrences are counted over the last 2^20 different lines (at most about 150 MB): a line that
-    repeats at a longer distance starts again at 1. Raises OSError.
+    repeats at a longer distance starts again at 1. A refused line always gets such an id, so that it is
+    taken up again under its own once it is mended. Raises OSError.
     """
     counts = _Occurrences(OCCURRENCE_WINDOW)
     with open(path, "rb") as file:
         for number, line in _lines(file):
-            if line is None:
-                limit = f"a line of more than {MAX_LINE} bytes; split it or leave it out"
-                yield number, SampleError(f"{path}:{number}: {limit}")
+            if isinstance(line, int):
+                limit = f"a line of {line} bytes, over the limit of {MAX_LINE}; split it or leave it out"
+                yield number, Refused(f"line-{number}-of-{line}-bytes", f"{path}:{number}: {limit}")
                 continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -195,12 +196,9 @@ def read_samples(path: str | PathLike[str]) -> Iterator[tuple[int, Sample | Samp
             try:
                 sample = parse_line(line, file=str(path), number=number)
             except SampleError as error:
-                yield number, error
+                yield number, Refused(_line_id(line, counts), str(error))
                 continue
-            if sample.id is None:
-                digest = hashlib.sha256(line)
-                sample = replace(sample, id=f"{digest.hexdigest()}-{counts.add(digest.digest()[:8])}")
-            yield number, sample
+            yield number, sample if sample.id is not None else replace(sample, id=_line_id(line, counts))
 
 
 def encode(
@@ -259,7 +257,7 @@ def _split(sample: Sample, tokenizer: Any, append_eos: bool) -> tuple[list[int],
         return lead + _tokenize(tokenizer, sample.prompt), completion, len(lead)
     else:
         prompt, completion = _render(sample, tokenizer)
-    return prompt, completion, int(prompt[:1] == [tokenizer.bos_token_id])
+    return prompt, completion, int(prompt[:1] == [getattr(tokenizer, "bos_token_id", None)])
 
 
 def _load_object(line: str | bytes) -> dict[str, Any]:
@@ -295,17 +293,24 @@ def _no_constant(name: str) -> NoReturn:
     _refuse(f"{name} is no JSON number", "use a finite number or null")
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(number, line) with None for a line over MAX_LINE, of which never more than that is held."""
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | int]]:
+    """(number, line), or the length of a line over MAX_LINE, of which never more than that is held."""
     number = 0
     while line := file.readline(MAX_LINE + 2):
         number += 1
         if len(line.rstrip(b"\r\n")) > MAX_LINE:
+            length = len(line)
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE)
-            yield number, None
+                length += len(line)
+            yield number, length
         else:
             yield number, line
+
+
+def _line_id(line: bytes, counts: "_Occurrences") -> str:
+    digest = hashlib.sha256(line)
+    return f"{digest.hexdigest()}-{counts.add(digest.digest()[:8])}"
 
 
 class _Occurrences:

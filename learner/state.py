@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
 from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing
 from ogpstream.memory.seen import SeenIds
-from ogpstream.memory.snapshot import canonical_hash
 
 FORMAT = 1
 
@@ -36,10 +36,8 @@ class Counters:
         learned: new samples that an update was made for.
         rejected: refused by a guard, or unusable.
         quarantined: kept for review, not trained on.
-        updates: optimizer steps of all kinds.
+        updates: of all kinds, those included whose samples were all settled; they number the draws from the ring.
         gradients: gradient evaluations, one for each sample in each update.
-        draws: draws from the ring, the counter of their random numbers.
-        inference_steps: reported by the server since the start.
         consolidated_at: `learned` when the periodic trigger last fired.
     """
 
@@ -49,8 +47,6 @@ class Counters:
     quarantined: int = 0
     updates: int = 0
     gradients: int = 0
-    draws: int = 0
-    inference_steps: int = 0
     consolidated_at: int = 0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
-from ogpstream.learner.sites import Binding, GradientSink
+from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.walk import LayerWalk, run_layer
 
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.binding import GradientSink
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.protection import Growth, Protection
 from ogpstream.learner.report import Update
-from ogpstream.learner.sites import Attachment, GradientSink
+from ogpstream.learner.sites import Attachment
 from ogpstream.learner.step import sample_gradient
 from ogpstream.learner.walk import LayerWalk
-from ogpstream.memory.adapters import AdapterStore, Expert
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.experts import Expert
 
 
 @dataclass(frozen=True)
@@ -50,42 +52,51 @@ class Updater:
         self._vocabulary = attachment.model.config.get_text_config().vocab_size
 
     def run(self, name: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
-        """One optimizer step of one expert on the mean gradient of the lessons.
+        """One optimizer step of one expert on the sum of the lessons' gradients.
+
+        A lesson whose loss is settled adds nothing to the sum; with none left there is no step. Every lesson that
+        counts as learned offers its directions to P.
 
         Yields:
             The name of each unit that was done.
         """
-        expert = self.store.expert(name)
+        config, expert = self.config, self.store.expert(name)
         losses: list[float] = []
         gradients: list[Tensor] = []
         for lesson in lessons:
             sink = GradientSink(expert.layout, name, dtype=expert.factors.dtype, device=self.attachment.model.device)
-            losses.append((yield from sample_gradient(
-                self.walk, self.attachment.binding, sink, lesson.ids, lesson.prompt_length,
-                chunk=self.config.loss_chunk,
-            )))
+            work = sample_gradient(self.walk, self.attachment.binding, sink, lesson.ids, lesson.prompt_length,
+                                   chunk=config.loss_chunk)
+            losses.append((yield from work))
             gradients.append(sink.slab.to(expert.factors.device))
         norms = [float(gradient.norm()) for gradient in gradients]
-        learned = [self._is_learned(lesson, loss) for lesson, loss in zip(lessons, losses, strict=True)]
         refusal = self._refusal(losses, norms)
+        moving = [g for g, loss in zip(gradients, losses, strict=True) if loss >= config.settled_below]
+        proposal = None
+        if refusal is None and moving:
+            proposal = self._optimise(expert, sum(moving[1:], start=moving[0].clone()))
+            yield "optimizer"
+            if self.protection.folds:
+                self.protection.pull_to_base_(expert.layout, proposal.factors, expert.scaling)
+                self.protection.project_(expert.layout, proposal.factors)
+            yield "projection"
+            if not bool(proposal.factors.isfinite().all()):
+                refusal = "the update is not finite"
         if refusal is not None:
             return Update(tuple(losses), tuple(norms), tuple(False for _ in lessons), refusal)
 
-        proposal = self._optimise(expert, torch.stack(gradients).mean(0) if len(gradients) > 1 else gradients[0])
-        yield "optimizer"
-        if self.protection.folds:
-            self.protection.project_(expert.layout, proposal.factors, record_use=True)
-        yield "projection"
-        if not bool(proposal.factors.isfinite().all()):
-            return Update(tuple(losses), tuple(norms), tuple(False for _ in lessons), "the update is not finite")
-
-        expert.factors, expert.steps = proposal.factors, expert.steps + 1
-        expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
+        # the commit: no pause from here on
+        if proposal is not None:
+            expert.factors, expert.steps = proposal.factors, expert.steps + 1
+            expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
+            self.protection.record_use(proposal.used)
         growth = Growth()
+        learned = [self._is_learned(lesson, loss) for lesson, loss in zip(lessons, losses, strict=True)]
         for gradient, counts in zip(gradients, learned, strict=True):
             if counts:
                 growth += self.protection.grow(expert.layout, gradient, self._active())
-        self.publish()
+        if proposal is not None or growth.admitted:
+            self.publish()
         return Update(tuple(losses), tuple(norms), tuple(learned), None,
                       growth.admitted, growth.replaced, growth.pruned)
 
@@ -112,29 +123,31 @@ class Updater:
         return None
 
     def _optimise(self, expert: Expert, gradient: Tensor) -> _Proposal:
+        """The expert after one step on a gradient slab, which is projected in place."""
         config, a = self.config, expert.layout.a_numel
         lr = config.learning_rate(expert.steps)
-        if config.guard == "gradient":
-            gradient = gradient.clone()
-            self.protection.project_(expert.layout, gradient, record_use=True)
+        # for the fold too, where it is not what protects: the second moment then measures the free directions alone,
+        # and their steps are not damped by gradients that the projection removes anyway
+        used = self.protection.project_(expert.layout, gradient)
         factors = expert.factors.clone()
         parts = (slice(0, a), slice(a, None))
         if config.optimizer == "sgd":
             for part in parts:
                 dispatch.sgd_(factors[part], gradient[part], lr=lr, weight_decay=config.weight_decay)
-            return _Proposal(factors, None, None)
+            return _Proposal(factors, None, None, used)
         exp_avg = torch.zeros_like(factors) if expert.exp_avg is None else expert.exp_avg.clone()
         exp_avg_sq = torch.zeros_like(factors) if expert.exp_avg_sq is None else expert.exp_avg_sq.clone()
         for part in parts:
             dispatch.adam_(factors[part], gradient[part], exp_avg[part], exp_avg_sq[part], step=expert.steps + 1,
                            lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-        return _Proposal(factors, exp_avg, exp_avg_sq)
+        return _Proposal(factors, exp_avg, exp_avg_sq, used)
 
 
 @dataclass(frozen=True)
 class _Proposal:
-    """Masters and moments after the optimizer, not yet the expert's."""
+    """Masters and moments after the optimizer, not yet the expert's, and the directions that its gradient used."""
 
     factors: Tensor
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
+    used: dict[str, Tensor]

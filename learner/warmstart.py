@@ -2,7 +2,7 @@
 
 An empty P protects nothing of the base: perplexity on held-out text doubles and worse. Calibration text, or samples
 drawn from the model, give the covariance C = sum_t x_t x_t.T of every adapted linear's input; its leading
-eigenvectors join P until they hold the wanted share of the input energy tr(C).
+eigenvectors join P until they hold the wanted share of the input energy tr(C), and the others become the base anchor.
 """
 
 from __future__ import annotations
@@ -81,10 +81,3 @@ def input_covariances(attachment: Attachment, texts: Iterable[Sequence[int]]) ->
         covariances[key] = covariances[key] + scaled if key in covariances else scaled
     return covariances
 
-
-def leading_directions(covariance: Tensor, *, energy: float, at_most: int) -> Tensor:
-    """Fewest leading eigenvectors `[D_in, k]` of a covariance that hold the given share of its trace."""
-    values, vectors = torch.linalg.eigh(covariance)
-    share = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum()
-    count = min(int((share < energy).sum()) + 1, at_most)
-    return vectors.flip(1)[:, :count]

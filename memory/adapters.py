@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ogpstream.memory.experts import Expert, Held, checked
+from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 
 # matrices in a served slab start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
@@ -31,141 +33,6 @@ class UnknownExpert(KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would print the repr of the message
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """One adapted linear; `basis` is the key of the ProjectionBasis of its input."""
-
-    name: str
-    d_in: int
-    d_out: int
-    basis: str
-
-
-class Layout:
-    """Where the A and B of each site lie in the flat slab of an expert of one rank.
-
-    The A of the sites that share a basis lie side by side as one `[D_in, n * r]` block, so that the block can
-    be projected against that basis in one call; the B of all sites follow after all blocks. Views alias the
-    slab.
-
-    Raises:
-        ValueError: no site, two sites of one name, a width or rank < 1, or two widths on one basis.
-    """
-
-    def __init__(self, sites: Sequence[SiteShape], rank: int) -> None:
-        if not sites or rank < 1:
-            raise ValueError(
-                f"a layout needs sites and a rank of at least 1, got {len(sites)} sites of rank {rank}"
-            )
-        if len({site.name for site in sites}) != len(sites):
-            raise ValueError("two sites have the same name: give each adapted linear its own")
-        self.sites = tuple(sites)
-        self.rank = rank
-        self._members: dict[str, tuple[int, ...]] = {}
-        for index, site in enumerate(self.sites):
-            if site.d_in < 1 or site.d_out < 1:
-                raise ValueError(
-                    f"site {site.name!r} has the shape {site.d_in} x {site.d_out}: widths start at 1"
-                )
-            self._members[site.basis] = (*self._members.get(site.basis, ()), index)
-        self._block: dict[str, int] = {}
-        self._column = [0] * len(self.sites)
-        offset = 0
-        for basis, members in self._members.items():
-            widths = {self.sites[index].d_in for index in members}
-            if len(widths) > 1:
-                raise ValueError(f"the sites of basis {basis!r} have several input widths {sorted(widths)}")
-            self._block[basis] = offset
-            for position, index in enumerate(members):
-                self._column[index] = position * rank
-            offset += widths.pop() * len(members) * rank
-        self.a_numel = offset
-        self._b_offset: list[int] = []
-        for site in self.sites:
-            self._b_offset.append(offset)
-            offset += rank * site.d_out
-        self.numel = offset
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """The basis keys, in the order of their blocks."""
-        return tuple(self._members)
-
-    def members(self, basis: str) -> tuple[int, ...]:
-        """Indices of the sites whose A lie in the block of `basis`, from left to right."""
-        return self._members[basis]
-
-    def a_block(self, slab: Tensor, basis: str) -> Tensor:
-        """View `[D_in, n * r]` of the A of all sites of one basis, rows contiguous."""
-        members = self._members[basis]
-        d_in, columns = self.sites[members[0]].d_in, len(members) * self.rank
-        return slab[self._block[basis] :][: d_in * columns].view(d_in, columns)
-
-    def a(self, slab: Tensor, index: int) -> Tensor:
-        """View `[D_in, r]` of one site's A, a column range of its basis' block."""
-        start = self._column[index]
-        return self.a_block(slab, self.sites[index].basis)[:, start : start + self.rank]
-
-    def b(self, slab: Tensor, index: int) -> Tensor:
-        """View `[r, D_out]` of one site's B, contiguous."""
-        d_out = self.sites[index].d_out
-        return slab[self._b_offset[index] :][: self.rank * d_out].view(self.rank, d_out)
-
-
-@dataclass(frozen=True)
-class Held:
-    """What an expert did along the directions that were protected: U `[D_in, k]`, V `[k, D_out]`, k >= 0."""
-
-    U: Tensor
-    V: Tensor
-
-    @classmethod
-    def empty(cls, site: SiteShape, dtype: torch.dtype = torch.float32) -> Held:
-        """The held part of rank 0, of an expert that was never folded."""
-        return cls(torch.zeros(site.d_in, 0, dtype=dtype), torch.zeros(0, site.d_out, dtype=dtype))
-
-    @property
-    def rank(self) -> int:
-        return self.U.shape[1]
-
-
-@dataclass
-class Expert:
-    """One adapter. Slabs are flat `[layout.numel]`, lists have one entry per site; tensors are replaced
-    whole.
-
-    `folded` maps a basis key to the basis version the expert was last folded against. `discarded` sums the
-    first discarded singular value of every cut of the held part since creation, `discarded_sq` their squares.
-    """
-
-    name: str
-    rank: int
-    scaling: float
-    layout: Layout
-    factors: Tensor
-    held: list[Held]
-    discarded: list[float]
-    discarded_sq: list[float]
-    exp_avg: Tensor | None = None
-    exp_avg_sq: Tensor | None = None
-    steps: int = 0
-    folded: dict[str, int] = field(default_factory=dict)
-    frozen: bool = False
-
-    def a(self, index: int) -> Tensor:
-        """A of one site, `[D_in, r]`."""
-        return self.layout.a(self.factors, index)
-
-    def b(self, index: int) -> Tensor:
-        """B of one site, `[r, D_out]`."""
-        return self.layout.b(self.factors, index)
-
-    def delta(self, index: int) -> Tensor:
-        """scaling * A B + U V of one site, `[D_in, D_out]`: what the expert adds at gate 1."""
-        held = self.held[index]
-        return self.scaling * (self.a(index) @ self.b(index)) + held.U @ held.V
 
 
 @dataclass(frozen=True)
@@ -270,7 +137,7 @@ class AdapterStore:
         layout = self.layout(rank)
         slab = host_zeros(layout.numel, dtype=self.dtype)
         if factors is not None:
-            slab.copy_(self._checked(factors, (layout.numel,), f"factors of expert {name!r}"))
+            slab.copy_(checked(factors, (layout.numel,), self.dtype, f"factors of expert {name!r}"))
         empty = [Held.empty(site, self.dtype) for site in self.sites]
         zeros = [0.0] * len(self.sites)
         expert = Expert(name, rank, float(scaling), layout, slab, empty, zeros, list(zeros))
@@ -334,29 +201,10 @@ class AdapterStore:
         """All experts and the active set as (named tensors, JSON-able rest); the tensors are not copied."""
         tensors: dict[str, Tensor] = {}
         experts = []
-        for name, expert in self._experts.items():
-            for key in ("factors", "exp_avg", "exp_avg_sq"):
-                slab = getattr(expert, key)
-                if slab is not None:
-                    tensors[f"{name}/{key}"] = slab
-            for index, held in enumerate(expert.held):
-                if held.rank:
-                    tensors[f"{name}/held/{index}/U"] = held.U
-                    tensors[f"{name}/held/{index}/V"] = held.V
-            experts.append(
-                {
-                    "name": name,
-                    "rank": expert.rank,
-                    "scaling": expert.scaling,
-                    "steps": expert.steps,
-                    "held_ranks": [held.rank for held in expert.held],
-                    "moments": [expert.exp_avg is not None, expert.exp_avg_sq is not None],
-                    "folded": dict(expert.folded),
-                    "discarded": list(expert.discarded),
-                    "discarded_sq": list(expert.discarded_sq),
-                    "frozen": expert.frozen,
-                }
-            )
+        for expert in self._experts.values():
+            expert_tensors, entry = expert.state_dict()
+            tensors |= expert_tensors
+            experts.append(entry)
         meta = {
             "sites": [[site.name, site.d_in, site.d_out, site.basis] for site in self.sites],
             "version": self.served.version,
@@ -380,53 +228,14 @@ class AdapterStore:
                 "attach with the saved targets and basis scope"
             )
         active = {name: float(gate) for name, gate in meta["active"]}
-        experts = {entry["name"]: self._load_expert(tensors, entry) for entry in meta["experts"]}
+        experts = {
+            entry["name"]: Expert.from_state_dict(tensors, entry, self.layout(entry["rank"]), self.dtype)
+            for entry in meta["experts"]
+        }
         if len(active) > self.max_active or not active.keys() <= experts.keys():
-            raise ValueError(
-                f"the saved active experts {list(active)} do not fit: max_active is {self.max_active}"
-            )
+            raise ValueError(f"the saved active experts {list(active)} do not fit: max_active is {self.max_active}")
         self._experts, self._active = experts, active
         self.publish(int(meta["version"]))
-
-    def _load_expert(self, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Expert:
-        name = entry["name"]
-        layout = self.layout(entry["rank"])
-
-        def copied(key: str, *shape: int) -> Tensor:
-            if f"{name}/{key}" not in tensors:
-                raise ValueError(f"the saved state lacks the tensor {name}/{key}")
-            saved = self._checked(tensors[f"{name}/{key}"], shape, f"the saved tensor {name}/{key}")
-            return host_zeros(*shape, dtype=self.dtype).copy_(saved)
-
-        if len(entry["held_ranks"]) != len(self.sites):
-            raise ValueError(
-                f"the saved expert {name!r} has {len(entry['held_ranks'])} held parts, not {len(self.sites)}"
-            )
-        held = [
-            Held(copied(f"held/{index}/U", site.d_in, k), copied(f"held/{index}/V", k, site.d_out))
-            if k
-            else Held.empty(site, self.dtype)
-            for index, (site, k) in enumerate(zip(self.sites, entry["held_ranks"], strict=True))
-        ]
-        moments = [
-            copied(key, layout.numel) if saved else None
-            for key, saved in zip(("exp_avg", "exp_avg_sq"), entry["moments"], strict=True)
-        ]
-        return Expert(
-            name=name,
-            rank=entry["rank"],
-            scaling=float(entry["scaling"]),
-            layout=layout,
-            factors=copied("factors", layout.numel),
-            held=held,
-            discarded=[float(value) for value in entry["discarded"]],
-            discarded_sq=[float(value) for value in entry["discarded_sq"]],
-            exp_avg=moments[0],
-            exp_avg_sq=moments[1],
-            steps=int(entry["steps"]),
-            folded={str(basis): int(version) for basis, version in entry["folded"].items()},
-            frozen=bool(entry["frozen"]),
-        )
 
     def _build(self, version: int) -> Served:
         experts = [self._experts[name] for name in self._active]
@@ -436,9 +245,7 @@ class AdapterStore:
         for expert in experts:
             trained[expert.name] = slice(plastic, plastic + expert.rank)
             plastic += expert.rank
-        ranks = [
-            plastic + sum(expert.held[index].rank for expert in experts) for index in range(len(self.sites))
-        ]
+        ranks = [plastic + sum(expert.held[index].rank for expert in experts) for index in range(len(self.sites))]
         # one slab: one allocation for hundreds of sites
         starts = [0]
         for site, rank in zip(self.sites, ranks, strict=True):
@@ -476,11 +283,6 @@ class AdapterStore:
             values += [self._active[expert.name]] * k
         dtype = torch.promote_types(self.serve_dtype, torch.float32)
         return torch.tensor(values, dtype=dtype, device=self.device)
-
-    def _checked(self, tensor: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
-            raise ValueError(f"{what} is {tensor.dtype} {tuple(tensor.shape)}, expected {self.dtype} {shape}")
-        return tensor
 
     @staticmethod
     def _check_gate(name: str, gate: float) -> None:

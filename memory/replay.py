@@ -87,9 +87,7 @@ class ReplayRing:
         if not 1 <= vocab_size <= 2**32:
             raise ValueError(f"vocab_size is {vocab_size}: slots hold ids of 1 to 2^32 different tokens")
         if keep not in get_args(Keep) or draw not in get_args(Draw):
-            raise ValueError(
-                f"keep={keep!r}, draw={draw!r}: choose from {get_args(Keep)} and {get_args(Draw)}"
-            )
+            raise ValueError(f"keep={keep!r}, draw={draw!r}: choose from {get_args(Keep)} and {get_args(Draw)}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: choose 0 to 2^64 - 1")
         self.capacity, self.slot_tokens, self.vocab_size = capacity, slot_tokens, vocab_size
@@ -97,9 +95,7 @@ class ReplayRing:
         self.policy: Draw = draw
         self.seed = seed
         self.seen = 0
-        self.storage = host_zeros(
-            capacity, slot_tokens, dtype=torch.uint16 if vocab_size <= 2**16 else torch.uint32
-        )
+        self.storage = host_zeros(capacity, slot_tokens, dtype=torch.uint16 if vocab_size <= 2**16 else torch.uint32)
         # torch's unsigned integers have few operations; numpy's view of the same memory has all
         self._ids = self.storage.numpy()
         self._columns = {key: np.zeros(capacity, dtype) for key, dtype in _COLUMNS.items()}
@@ -113,9 +109,7 @@ class ReplayRing:
         return len(self._order)
 
     def __repr__(self) -> str:
-        return (
-            f"ReplayRing({len(self)} of {self.capacity} slots of {self.slot_tokens} tokens, {self.seen} seen)"
-        )
+        return f"ReplayRing({len(self)} of {self.capacity} slots of {self.slot_tokens} tokens, {self.seen} seen)"
 
     @property
     def nbytes(self) -> int:
@@ -127,9 +121,7 @@ class ReplayRing:
         """The used slots, the oldest sample first."""
         return list(self._order)
 
-    def add(
-        self, ids: Sequence[int] | np.ndarray | Tensor, prompt_length: int, *, expert: str, uid: int
-    ) -> int | None:
+    def add(self, ids: Sequence[int] | np.ndarray | Tensor, prompt_length: int, *, expert: str, uid: int) -> int | None:
         """Keep a sample, in O(1).
 
         Args:
@@ -226,15 +218,19 @@ class ReplayRing:
         order = np.fromiter(self._order, np.int64, len(self._order))
         return order[self._columns["flags"][order] & SlotFlag.REHEARSED == 0].tolist()
 
-    def draw(self, n: int = 1, *, counter: int, exclude: Collection[int] = ()) -> list[int]:
+    def draw(self, n: int = 1, *, counter: int, exclude: Collection[int] = (), expert: str | None = None) -> list[int]:
         """`n` different slots by chance, fewer when the ring holds fewer; depends on ring, seed and counter.
 
         Args:
             counter: number of this draw, 0 <= counter < 2^63; another counter gives an independent draw.
             exclude: slots that are not to be drawn.
+            expert: draw only samples of this one.
         """
         used = np.sort(np.fromiter(self._order, np.int64, len(self._order)))
         used = used[~np.isin(used, list(exclude))]
+        if expert is not None:
+            known = self._experts.index(expert) if expert in self._experts else -1
+            used = used[self._columns["expert"][used] == known]
         weights = self._weights(used)
         source = self._random(_DRAWS, counter)
         drawn = []
@@ -283,15 +279,11 @@ class ReplayRing:
         """
         for key in ("capacity", "slot_tokens", "vocab_size"):
             if meta[key] != getattr(self, key):
-                raise ValueError(
-                    f"the saved ring has {key} {meta[key]}, this one {getattr(self, key)}: use the saved"
-                )
+                raise ValueError(f"the saved ring has {key} {meta[key]}, this one {getattr(self, key)}: use the saved")
         order = tensors["slots"].tolist()
         free = tensors["free"].tolist()
         if sorted(order + free) != list(range(self.capacity)):
-            raise ValueError(
-                "the saved ring is damaged: used and free slots are not all slots; load an older state"
-            )
+            raise ValueError("the saved ring is damaged: used and free slots are not all slots; load an older state")
         columns = {key: tensors[key].numpy() for key in _COLUMNS}
         ids = tensors["ids"].numpy()
         experts = [str(name) for name in meta["experts"]]
@@ -319,9 +311,7 @@ class ReplayRing:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"ids are {tokens.dtype} {tokens.shape}: expected integers in one dimension")
         if len(tokens) > self.slot_tokens:
-            raise ValueError(
-                f"a sample of {len(tokens)} tokens does not fit in a slot of {self.slot_tokens}: cut it"
-            )
+            raise ValueError(f"a sample of {len(tokens)} tokens does not fit in a slot of {self.slot_tokens}: cut it")
         if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise ValueError(
                 f"ids {tokens.min()} to {tokens.max()} are outside the vocabulary of {self.vocab_size} tokens"

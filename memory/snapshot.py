@@ -23,7 +23,8 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from ogpstream.memory.journal import canonical_json, fsync_folder, write_all
+from ogpstream.memory.canonical import canonical_json
+from ogpstream.memory.files import fsync_folder, write_file
 
 FORMAT = 1
 TENSORS, STATE, PINS = "state.safetensors", "state.json", "pins.json"
@@ -104,17 +105,15 @@ class SnapshotStore:
         }
         text = _sealed(state)
         if len(text) > MAX_JSON:
-            raise ValueError(
-                f"meta of {len(text)} bytes is over the limit of {MAX_JSON}; store large parts as tensors"
-            )
+            raise ValueError(f"meta of {len(text)} bytes is over the limit of {MAX_JSON}; store large parts as tensors")
         same = [g.edition for g in self._generations() if g.version == version]
         generation = _Generation(version, max(same) + 1 if same else 0)
         temporary, final = self.folder / f"{_TEMPORARY}-{generation.name}", self.folder / generation.name
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            _write(temporary / TENSORS, data)
-            _write(temporary / STATE, text)
+            write_file(temporary / TENSORS, data)
+            write_file(temporary / STATE, text)
             fsync_folder(temporary)
             os.replace(temporary, final)
             fsync_folder(self.folder)
@@ -125,9 +124,7 @@ class SnapshotStore:
             self._verify(generation)
         except (SnapshotDamaged, OSError) as error:
             self._discard(generation)
-            raise OSError(
-                f"{final}: does not read back what was written ({error}); check the disk"
-            ) from error
+            raise OSError(f"{final}: does not read back what was written ({error}); check the disk") from error
         self._retire(version)
         return final
 
@@ -205,9 +202,7 @@ class SnapshotStore:
                 faults.append(str(error))
         else:
             why = "; ".join(faults) or f"there are: {', '.join(map(str, self.versions())) or 'none'}"
-            raise SnapshotDamaged(
-                f"{self.folder}: no valid snapshot of version {version} to pin as {name!r}: {why}"
-            )
+            raise SnapshotDamaged(f"{self.folder}: no valid snapshot of version {version} to pin as {name!r}: {why}")
         self._write_pins(self.pins() | {name: version})
 
     def unpin(self, name: str) -> None:
@@ -224,13 +219,9 @@ class SnapshotStore:
 
     def _state(self, generation: _Generation) -> dict[str, Any]:
         path = self.folder / generation.name / STATE
-        state = _unsealed(
-            path, f"{generation.name}/{STATE}", {"version", "meta", "tensors_bytes", "tensors_sha256"}
-        )
+        state = _unsealed(path, f"{generation.name}/{STATE}", {"version", "meta", "tensors_bytes", "tensors_sha256"})
         if state["version"] != generation.version:
-            raise SnapshotDamaged(
-                f"{generation.name}: holds version {state['version']}, the folder was renamed"
-            )
+            raise SnapshotDamaged(f"{generation.name}: holds version {state['version']}, the folder was renamed")
         return state
 
     def _tensor_file(self, generation: _Generation, state: dict[str, Any]) -> Path:
@@ -238,9 +229,7 @@ class SnapshotStore:
         # before reading: a file of another size is not even loaded into memory
         size = path.stat().st_size
         if size != state["tensors_bytes"]:
-            raise SnapshotDamaged(
-                f"{generation.name}/{TENSORS}: {size} bytes instead of {state['tensors_bytes']}"
-            )
+            raise SnapshotDamaged(f"{generation.name}/{TENSORS}: {size} bytes instead of {state['tensors_bytes']}")
         return path
 
     def _verify(self, generation: _Generation) -> None:
@@ -261,9 +250,7 @@ class SnapshotStore:
             return
         valid: set[int] = set()
         for generation in self._generations():
-            useful = generation.version not in valid and (
-                len(valid) < self.keep or generation.version in wanted
-            )
+            useful = generation.version not in valid and (len(valid) < self.keep or generation.version in wanted)
             try:
                 if useful:
                     if generation.version != saved:
@@ -285,7 +272,7 @@ class SnapshotStore:
 
     def _write_pins(self, pins: dict[str, int]) -> None:
         temporary = self.folder / f"{_TEMPORARY}-{PINS}"
-        _write(temporary, _sealed({"format": FORMAT, "pins": pins}))
+        write_file(temporary, _sealed({"format": FORMAT, "pins": pins}))
         os.replace(temporary, self.folder / PINS)
         fsync_folder(self.folder)
 
@@ -296,31 +283,6 @@ class SnapshotStore:
     def _note(self, problem: object) -> None:
         self.problems.append(str(problem))
         logger.warning("%s: %s", self.folder, problem)
-
-
-def canonical_hash(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    """sha256 (hex) over names, dtypes, shapes and bytes of the tensors by name, and canonical JSON of `meta`.
-
-    Independent of device, strides, storage sharing and insertion order; every bit of a value counts (-0.0 is
-    not 0.0).
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        # the JSON says where it ends and how many bytes follow, so no two contents give the same stream
-        for part in (canonical_json([name, str(tensor.dtype), list(tensor.shape)]), _bytes(tensor)):
-            digest.update(part)
-    digest.update(canonical_json(dict(meta)))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.stride(0) != 1:
-        # an array of one element or none counts as contiguous with any stride, but cannot be viewed as bytes
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    # uint8, since numpy has no bfloat16
-    return flat.view(torch.uint8).numpy().data
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -363,15 +325,6 @@ def _unsealed(path: Path, label: str, keys: set[str]) -> dict[str, Any]:
     if value.keys() != keys | {"format", "sha256"}:
         raise SnapshotDamaged(f"{label}: has the keys {sorted(value)}")
     return value
-
-
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
-        write_all(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

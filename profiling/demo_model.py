@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,7 +53,7 @@ class BaseRecipe:
     hidden: int = 512  # inner width of the feed-forward layers
     window: int = 128  # tokens of a training window, BOS among them, and the model's positions
     batch: int = 8  # windows of a step
-    steps: int = 1100
+    steps: int = 1000
     warmup: int = 40
     lr: float = 2e-2  # AdamW, of embeddings and norms; both rates are peaks
     matrix_lr: float = 0.02  # Muon, of all other weights
@@ -205,21 +206,22 @@ def train_model(
     rows: Sequence[Sequence[int]], recipe: BaseRecipe, console: Console | None = None
 ) -> LlamaForCausalLM:
     """A Llama trained from scratch on rows of ids that start with BOS; equal for equal recipe and build."""
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=recipe.vocab,
-            hidden_size=recipe.width,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            num_key_value_heads=recipe.heads,
-            intermediate_size=recipe.hidden,
-            max_position_embeddings=recipe.window,
-            tie_word_embeddings=True,
-            bos_token_id=rows[0][0],
-            eos_token_id=rows[0][0],
-        )
+    config = LlamaConfig(
+        vocab_size=recipe.vocab,
+        hidden_size=recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        intermediate_size=recipe.hidden,
+        max_position_embeddings=recipe.window,
+        tie_word_embeddings=True,
+        bos_token_id=rows[0][0],
+        eos_token_id=rows[0][0],
     )
+    # the caller's random numbers must not depend on whether the model was made or loaded
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = LlamaForCausalLM(config)
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     # Muon needs about a third of AdamW's tokens here: loss 4.7 against 5.5 after 200 steps of 2048 tokens
@@ -280,7 +282,9 @@ def _load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, Base
         return None
     calibration, held_out = tuple(report.calibration), tuple(report.held_out)
     report = replace(report, calibration=calibration, held_out=held_out, cached=True)
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    load_model(model, folder / "model.safetensors")
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(folder), report
 
 

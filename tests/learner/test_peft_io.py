@@ -16,7 +16,8 @@ from torch import Tensor
 from ogpstream.learner.errors import ModelError, OgpStreamError, StateError
 from ogpstream.learner.peft_io import ImportedAdapter, export_adapter, read_adapter
 from ogpstream.learner.sites import Attachment, attach
-from ogpstream.memory.adapters import AdapterStore, Held
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.experts import Held
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

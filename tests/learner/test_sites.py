@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.errors import ConfigError, ModelError, StateError
-from ogpstream.learner.sites import AdaptedLinear, Attachment, Binding, GradientSink, attach
-from ogpstream.memory.adapters import AdapterStore, Held, Served
+from ogpstream.learner.sites import AdaptedLinear, Attachment, attach
+from ogpstream.memory.adapters import AdapterStore, Served
+from ogpstream.memory.experts import Held
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 

@@ -8,7 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from ogpstream.memory.adapters import AdapterStore, Expert, Held, Layout, Served, SiteShape, UnknownExpert
+from ogpstream.memory.adapters import AdapterStore, Served, UnknownExpert
+from ogpstream.memory.experts import Expert, Held
+from ogpstream.memory.layout import Layout, SiteShape
 
 SITES = (
     SiteShape("q", 12, 20, "x"),

@@ -11,14 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ogpstream.memory import journal as module
-from ogpstream.memory.journal import (
-    Journal,
-    JournalDamaged,
-    JournalFailed,
-    JournalLocked,
-    canonical_json,
-)
+from ogpstream.memory import frames
+from ogpstream.memory.canonical import canonical_json
+from ogpstream.memory.frames import JournalDamaged
+from ogpstream.memory.journal import Journal, JournalFailed, JournalLocked
 
 HEADER = 24
 
@@ -116,7 +112,7 @@ def test_what_would_not_come_back_equal_is_refused_and_leaves_no_gap(tmp_path, r
 
 
 def test_a_record_over_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_RECORD", 100)
+    monkeypatch.setattr(frames, "MAX_RECORD", 100)
     with Journal(tmp_path) as journal:
         with pytest.raises(ValueError, match="over the limit of 100"):
             journal.append({"kind": "a", "x": "y" * 100})
@@ -256,7 +252,7 @@ def test_missing_swapped_repeated_and_renamed_parts_are_reported(tmp_path):
 def test_garbage_lengths_allocate_nothing(tmp_path):
     fill(tmp_path, 1)
     path = segment(tmp_path)
-    for length in (2**32 - 1, 2**31, module.MAX_RECORD + 1, 1000):
+    for length in (2**32 - 1, 2**31, frames.MAX_RECORD + 1, 1000):
         with path.open("ab") as file:
             file.write(struct.pack("<II", length, 0) + b"x" * 500)
         tracemalloc.start()

@@ -117,8 +117,10 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit():
 
 
 def test_cache_gives_back_the_same_model(tmp_path, small_corpus):
+    random_state = torch.get_rng_state()
     model, tokenizer, report = base_model(tmp_path, recipe=TINY)
     again, same_tokenizer, cached = base_model(tmp_path, recipe=TINY)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert len(small_corpus) == 1
     assert not report.cached and cached == replace(report, cached=True)
     assert model.state_dict().keys() == again.state_dict().keys()

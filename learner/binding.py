@@ -1,0 +1,98 @@
+"""Which version the adapted linears of a model compute with, and where they leave their gradients.
+
+All linears of a model read one `Binding`, so that a version is swapped by one assignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ogpstream.memory.adapters import Served
+from ogpstream.memory.layout import Layout
+
+
+class GradientSink:
+    """Where the linears leave dA and dB of one expert: a flat `slab` `[layout.numel]` like its factors.
+
+    Gradients are added, because a layer may be used twice and the head is run in chunks: zero the
+    slab between samples.
+
+    Args:
+        layout: of the expert.
+        trained: name of the expert.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        trained: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layout = layout
+        self.trained = trained
+        self.slab = torch.zeros(layout.numel, dtype=dtype, device=device)
+
+    def add(self, index: int, dA: Tensor, dB: Tensor) -> None:
+        """Add the gradients of one site, dA `[D_in, r]` and dB `[r, D_out]`."""
+        self.layout.a(self.slab, index).add_(dA)
+        self.layout.b(self.slab, index).add_(dB)
+
+
+# the versions pinned in this thread or task, the innermost last
+_pins: ContextVar[tuple[tuple[Binding, Served | None], ...]] = ContextVar("ogpstream_pins", default=())
+
+
+class Binding:
+    """The version that the adapted linears of one model compute with.
+
+    Replace `served` by one assignment. A forward of the whole model keeps the version it started with; for
+    one version over several forwards (a generation with its cache), pin it by `using`. `sink` receives the
+    gradients of the forwards that recorded them while it was set.
+    """
+
+    def __init__(self, served: Served | None = None) -> None:
+        self.served = served
+        self.sink: GradientSink | None = None
+
+    def current(self) -> Served | None:
+        """The version for this thread and moment; None is the bare base model."""
+        for binding, served in reversed(_pins.get()):
+            if binding is self:
+                return served
+        return self.served
+
+    @contextmanager
+    def using(self, served: Served | None) -> Iterator[None]:
+        """Pin a version, or the base model by None, for this thread or task.
+
+        Not across a `yield` of a generator, which would leave the pin to whoever resumes it.
+        """
+        outer = _pins.get()
+        _pins.set((*outer, (self, served)))
+        try:
+            yield
+        finally:
+            _pins.set(outer)
+
+    def pin_forwards(self, model: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+        """Hook a model so that each of its forwards keeps one version; remove the handles to undo it."""
+        # first of all pre-hooks, so that `_leave` never runs without `_enter`
+        return (
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        _pins.set((*_pins.get(), (self, self.current())))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        _pins.set(_pins.get()[:-1])
