@@ -113,6 +113,7 @@ class Applier:
         while self.state.position.done < record["updates"] and len(self.state.ring):
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
             updates.append((yield from self._rehearse(count, waiting=record["waiting_only"])))
+        self.state.counters.consolidations += 1
         self.state.counters.consolidated_at = self.state.counters.learned
         losses = [loss for update in updates for loss in update.losses]
         return RehearsalReport(len(updates), self.state.store.served.version,
@@ -231,7 +232,7 @@ class Applier:
         state = self.state
         counters, seen, version = state.counters, state.seen.state_dict(), state.store.served.version
         state.restore(snapshot.tensors, snapshot.meta)
-        for undone in self.folder.records(state.position.seq):
+        for undone in self.folder.kept(state.position.seq):
             if undone["kind"] == "sample" and undone["seq"] < record["seq"]:
                 self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
         # what was brought before stays known, so that a rerun of its file does not learn it again
@@ -257,8 +258,8 @@ class Applier:
             StateError: it belongs to another base model.
         """
         if meta["base"] != self.own["base"]:
-            raise StateError("the state belongs to another base model: give the model it was made with, "
-                             "or choose another state folder")
+            raise StateError(f"the state belongs to another base model ({meta['model']['name'] or 'without a name'}): "
+                             "give that one, or choose another state folder")
         if meta["environment"] != self.own["environment"]:
             _log.warning("the state was written with %s, this is %s: going on, but not bit for bit",
                          meta["environment"], self.own["environment"])

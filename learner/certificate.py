@@ -8,7 +8,6 @@ of the held part do; each one's dropped matrix D is known exactly, so the two ar
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +43,8 @@ class DriftMeter:
 
     It notes new directions only when it looks (`mark`), so s is the first look after a direction joined; W of an
     inactive expert is noted too, and its later fold must not move it. One look costs a few products of P with factors
-    of rank r + r_c for each linear and expert: tens of milliseconds for 40 linears of width 256. What cuts drop is
-    kept between looks. A rollback or a loaded state is another history: make a new meter then.
+    of rank r + r_c for each linear and expert. What cuts drop is kept until the next look, so look every 50 updates or
+    so, and `close` the meter in the end. A rollback or a loaded state is another history: make a new meter then.
     """
 
     def __init__(self, protection: Protection, store: AdapterStore) -> None:
@@ -54,14 +53,7 @@ class DriftMeter:
         self._noted: dict[tuple[str, int], _Noted] = {}
         self._dropped: dict[tuple[str, int], list[Held]] = {}
         self._worst = 0.0
-        mine = weakref.WeakMethod(self._note_cut)
-
-        def forward(expert: str, site: int, dropped: Held) -> None:
-            # a meter that is gone must not be kept alive, nor go on collecting
-            if (note := mine()) is not None:
-                note(expert, site, dropped)
-
-        protection.on_cut = forward
+        protection.on_cut = self._note_cut
         self.mark()
 
     def mark(self) -> None:
@@ -82,6 +74,10 @@ class DriftMeter:
                 if lost > 0.0:
                     held = max(held, lost / max(spectral_norm(expert, index), torch.finfo(torch.float64).tiny))
         return Drift(self._worst, held)
+
+    def close(self) -> None:
+        """Stop collecting what cuts drop."""
+        self.protection.on_cut = None
 
     def _note_cut(self, expert: str, site: int, dropped: Held) -> None:
         self._dropped.setdefault((expert, site), []).append(dropped)

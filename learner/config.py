@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ogpstream.learner.errors import ConfigError
 
@@ -124,6 +125,10 @@ class LearnerConfig:
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        hints = get_type_hints(cls)
+        for name, value in read.items():
+            if not _fits(value, hints[name]):
+                raise ConfigError(f"{name} is {value!r}: it must be of type {cls.__annotations__[name]}")
         return cls(**read)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,3 +143,21 @@ class LearnerConfig:
             return self.lr
         done = min(1.0, (update - self.warmup) / (self.total_updates - self.warmup))
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON, with tuples for lists, is of the type of a field."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if origin is tuple:
+        kinds = get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if origin is Literal or hint is NoneType:
+        return hint is not NoneType or value is None  # the constructor names the values that are allowed
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint

@@ -5,12 +5,13 @@ A sample is acknowledged once its record is on disk. Recovery is the newest vali
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -45,6 +46,11 @@ class StateFolder:
             except BaseException:
                 self.journal.close()
                 raise
+        self._quarantined: set[tuple[int, str]] | None = None
+        if not readonly and self.empty and self.journal.last_seq:
+            self.journal.close()
+            raise StateError(f"{self.path} is damaged: it has a journal and no snapshot; "
+                             "restore the folder from a copy")
 
     @property
     def empty(self) -> bool:
@@ -80,6 +86,10 @@ class StateFolder:
         with self._named():
             yield from self.journal.records(after)
 
+    def kept(self, after: int) -> Iterator[dict[str, Any]]:
+        """The same without those that were dropped already: a pinned snapshot can be older than the journal."""
+        return self.records(max(after, self.journal.first_seq - 1))
+
     def save(self, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write a snapshot and drop the journal that no kept snapshot needs any more."""
         with self._named():
@@ -92,8 +102,17 @@ class StateFolder:
             self.journal.drop_before(min(m["position"]["seq"] for m in metas if m is not None))
 
     def quarantine(self, entry: Mapping[str, Any]) -> None:
-        """Keep a sample that is not learned, with the reason, for a person to review."""
-        with self._named(), open(self.path / "quarantine.jsonl", "ab") as file:
+        """Keep a sample that is not learned, with the reason, for a person to review.
+
+        A record that is applied again after a kill is not kept a second time.
+        """
+        with self._named(), open(self.path / "quarantine.jsonl", "ab+") as file:
+            if self._quarantined is None:
+                self._quarantined = _entries(file)
+            key = (entry["seq"], entry["reason"])
+            if key in self._quarantined:
+                return
+            self._quarantined.add(key)
             file.write(canonical_json(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -135,6 +154,23 @@ class StateFolder:
         except OSError as error:
             raise StateError(f"{self.path} cannot be used: {error.strerror or error}; "
                              "choose a folder that can be written") from error
+        except ValueError as error:
+            raise StateError(f"{self.path}: {error}") from error
+
+
+def _entries(file: BinaryIO) -> set[tuple[int, str]]:
+    """(seq, reason) of what a quarantine holds; a line that a kill left half written is cut off."""
+    file.seek(0)
+    entries = set()
+    end = 0
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        end += len(line)
+        entry = json.loads(line)
+        entries.add((entry["seq"], entry["reason"]))
+    file.truncate(end)
+    return entries
 
 
 class MemoryFolder:
@@ -157,6 +193,8 @@ class MemoryFolder:
     def records(self, after: int) -> Iterator[dict[str, Any]]:
         """None are kept."""
         return iter(())
+
+    kept = records
 
     def save(self, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         self._saves[version] = Snapshot({name: t.clone() for name, t in tensors.items()}, dict(meta), version)

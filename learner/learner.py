@@ -19,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ogpstream.learner import peft_io, warmstart
 from ogpstream.learner.apply import Applier, Record, Report
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.encoding import Encoded, encode
 from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import Encoded, Refused, Sample, encode
+from ogpstream.learner.samples import Refused, Sample
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import Counters, LearnerState, Position, environment, fingerprint
 from ogpstream.learner.update import Updater
@@ -150,13 +151,16 @@ class StreamLearner:
             Position(),
         )
         self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
-        own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model)}
+        own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
+               "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
         self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own)
         self._pending: deque[Record] = deque()
         self._steps = 0  # inference steps since the last period; no state: a restarted server counts anew
         self.last_report: SampleReport | None = None
         try:
-            self._updater.walk.check(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+            # not id 0: often the padding, whose embedding is zero and whose logits say nothing
+            ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=model.device)
+            self._updater.walk.check(ids)
         except ModelError:
             self.attachment.detach()
             raise
@@ -248,7 +252,8 @@ class StreamLearner:
         assert isinstance(report, SampleReport)
         return report
 
-    def learn_batch(self, samples: Iterable[Sample | Refused], *, refuse: bool = False) -> list[SampleReport]:
+    def learn_batch(self, samples: Iterable[Sample | Refused], *, refuse: bool = False,
+                    on_report: Callable[[SampleReport], None] | None = None) -> list[SampleReport]:
         """Learn samples one after the other, with `config.rehearsals` updates on old samples after each.
 
         All are acknowledged together first; those whose id was brought before are left out.
@@ -257,6 +262,7 @@ class StreamLearner:
             samples: a `Refused` stands for a line of a stream that is no sample; it is recorded, so that a rerun of
                 the stream does not count it again.
             refuse: record unusable samples the same way instead of raising; without an id they are just left out.
+            on_report: told of each sample as soon as it is done.
 
         Raises:
             SampleError: one of them is unusable; none of them is acknowledged then.
@@ -287,6 +293,8 @@ class StreamLearner:
             report = _exhaust(self._apply_next())
             assert isinstance(report, SampleReport)
             reports.append(report)
+            if on_report is not None:
+                on_report(report)
         return reports
 
     def correct(self, prompt: str, completion: str, *, expert: str = DEFAULT_EXPERT) -> SampleReport:

@@ -1,6 +1,4 @@
-"""Samples: from a line of JSONL to the token ids of one update.
-
-    JSONL line -> Sample (checked, nothing tokenised) -> Encoded (ids, and where the supervised part begins)
+"""Samples: a line of JSONL, checked, with nothing tokenised yet.
 
 A line is a JSON object in TRL's forms: {"prompt", "completion"} as two texts or two lists of chat messages,
 or {"messages"} (its last message, from the assistant, is the completion). Ids made elsewhere come as
@@ -17,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, BinaryIO, NoReturn
 
-from ogpstream.learner.errors import ConfigError, SampleError
+from ogpstream.learner.errors import SampleError
 from ogpstream.memory.canonical import canonical_json
 
 MAX_LINE = 16 * 2**20
@@ -52,41 +50,39 @@ class Sample:
 
     def __post_init__(self) -> None:
         if (self.prompt_ids is None) != (self.completion_ids is None):
-            _refuse("only one of prompt_ids and completion_ids is there", "give both")
+            refuse("only one of prompt_ids and completion_ids is there", "give both")
         if self.completion_ids is not None:
             for name in ("prompt_ids", "completion_ids"):
                 object.__setattr__(self, name, _ids(getattr(self, name), name))
         if isinstance(self.prompt, str) and isinstance(self.completion, str):
             if not (self.completion if self.completion_ids is None else self.completion_ids):
-                _refuse("the completion is empty", "give the text that should have been answered")
+                refuse("the completion is empty", "give the text that should have been answered")
         elif isinstance(self.prompt, list) and isinstance(self.completion, list):
             _check_messages(self.prompt, "prompt")
             _check_messages(self.completion, "completion")
             if any(message["role"] != "assistant" for message in self.completion):
-                _refuse(
-                    "the completion has a message that is not from the assistant", "move it to the prompt"
-                )
+                refuse("the completion has a message that is not from the assistant", "move it to the prompt")
         else:
             kinds = f"{_kind(self.prompt)} and {_kind(self.completion)}"
-            _refuse(f"prompt and completion are {kinds}", "make both text or both lists of messages")
+            refuse(f"prompt and completion are {kinds}", "make both text or both lists of messages")
         for name in _TEXTS:
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and not (value is None and name != "expert"):
-                _refuse(f"{name} is {_show(value)}", "give a text that is not empty, or leave it out")
+                refuse(f"{name} is {shown(value)}", "give a text that is not empty, or leave it out")
         if self.label is not None and type(self.label) is not bool:
-            _refuse(
-                f"label is {_show(self.label)}",
+            refuse(
+                f"label is {shown(self.label)}",
                 "only true and false have a meaning here; put other labels in meta",
             )
         if not isinstance(self.meta, dict):
-            _refuse(f"meta is {_kind(self.meta)}", "give a dict")
+            refuse(f"meta is {_kind(self.meta)}", "give a dict")
         clash = _KEYS & self.meta.keys() - ({"label"} if self.label is None else set())
         if clash:
-            _refuse(f"meta has the key {min(clash)!r}", "rename it: it is the name of a field")
+            refuse(f"meta has the key {min(clash)!r}", "rename it: it is the name of a field")
         try:
             canonical_json(self.to_dict())
         except ValueError as error:
-            raise SampleError(_line(str(error))) from None
+            raise SampleError(one_line(str(error))) from None
 
     @property
     def trained(self) -> bool:
@@ -114,19 +110,17 @@ class Sample:
         values = {key: record[key] for key in ("prompt", "completion") if record.get(key) is not None}
         if record.get("messages") is not None:
             if values:
-                _refuse(f'both "messages" and "{next(iter(values))}"', "leave one of them out")
+                refuse(f'both "messages" and "{next(iter(values))}"', "leave one of them out")
             messages = record["messages"]
             _check_messages(messages, "messages")
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
-                _refuse(
-                    "messages do not end with an answer of the assistant to something", "put the answer last"
-                )
+                refuse("messages do not end with an answer of the assistant to something", "put the answer last")
             values = {"prompt": list(messages[:-1]), "completion": [messages[-1]]}
         for key in ("prompt_ids", "completion_ids", *_TEXTS):
             if record.get(key) is not None:
                 values[key] = record[key]
         if "completion_ids" not in values and len(values.keys() & {"prompt", "completion"}) < 2:
-            _refuse(f"no {'completion' if 'prompt' in values else 'prompt'}", _FORMS)
+            refuse(f"no {'completion' if 'prompt' in values else 'prompt'}", _FORMS)
         if type(values.get("id")) is int:
             values["id"] = str(values["id"])
         meta = {key: value for key, value in record.items() if key not in _KEYS}
@@ -143,25 +137,6 @@ class Refused:
 
     id: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of a sample: prompt, then completion; only the completion is supervised.
-
-    `cut` counts the ids that were taken from the left of the prompt to fit.
-    """
-
-    ids: tuple[int, ...]
-    prompt_length: int
-    expert: str
-    id: str | None
-    source: str | None
-    cut: int
-
-    @property
-    def completion_length(self) -> int:
-        return len(self.ids) - self.prompt_length
 
 
 def parse_line(line: str | bytes, *, file: str, number: int) -> Sample:
@@ -201,68 +176,9 @@ def read_samples(path: str | PathLike[str]) -> Iterator[tuple[int, Sample | Refu
             yield number, sample if sample.id is not None else replace(sample, id=_line_id(line, counts))
 
 
-def encode(
-    sample: Sample, tokenizer: Any, *, vocab_size: int, max_tokens: int, append_eos: bool = False
-) -> Encoded:
-    """Token ids of `sample`, at most `max_tokens` (T), every one in [0, vocab_size).
-
-    Text: the special tokens that the tokenizer puts in front (BOS, if it has one), the prompt, the
-    completion, tokenised apart so that the border is exact; nothing after the prompt, and after the
-    completion the end token only with `append_eos`. Chat: the tokenizer's template, the completion being what
-    the whole conversation adds to the prompt with the generation prompt. A sample that is too long loses ids
-    from the left of its prompt, behind the leading special tokens.
-
-    Raises SampleError (too long or nothing to learn, no context, an id outside the vocabulary, a chat that
-    the template cannot render); ConfigError when max_tokens < 2 or the tokenizer lacks what is asked of it.
-    """
-    if max_tokens < 2:
-        raise ConfigError(
-            f"max_tokens = {max_tokens}: a sample needs at least 2, one of context and one to learn"
-        )
-    prompt, completion, head = _split(sample, tokenizer, append_eos)
-    for name, ids in (("prompt", prompt), ("completion", completion)):
-        for token in ids:
-            if not 0 <= token < vocab_size:
-                _refuse(
-                    f"id {_show(token)} of the {name} is outside the vocabulary of {vocab_size}",
-                    "use the tokenizer of this model",
-                )
-    if not completion:
-        _refuse("the completion has no tokens, so there is nothing to learn", "give a longer completion")
-    if not prompt:
-        _refuse("no token comes before the completion", "give a prompt: this tokenizer adds no begin token")
-    if len(completion) >= max_tokens:
-        _refuse(
-            f"the completion has {len(completion)} tokens, over the limit of {max_tokens - 1}",
-            "shorten or split it",
-        )
-    cut = max(0, len(prompt) + len(completion) - max_tokens)
-    if cut:
-        head = min(head, len(prompt) - cut)
-        prompt = prompt[:head] + prompt[head + cut :]
-    return Encoded(tuple(prompt + completion), len(prompt), sample.expert, sample.id, sample.source, cut)
-
-
-def _split(sample: Sample, tokenizer: Any, append_eos: bool) -> tuple[list[int], list[int], int]:
-    """Ids of prompt and completion, and how many of the prompt's first ids stay whatever is cut."""
-    if sample.prompt_ids is not None and sample.completion_ids is not None:
-        prompt, completion = list(sample.prompt_ids), list(sample.completion_ids)
-    elif isinstance(sample.prompt, str):
-        lead = _leading_ids(tokenizer)
-        completion = _tokenize(tokenizer, str(sample.completion))
-        if append_eos:
-            if tokenizer.eos_token_id is None:
-                raise ConfigError("append_eos is set, but the tokenizer has no end token; unset it")
-            completion.append(tokenizer.eos_token_id)
-        return lead + _tokenize(tokenizer, sample.prompt), completion, len(lead)
-    else:
-        prompt, completion = _render(sample, tokenizer)
-    return prompt, completion, int(prompt[:1] == [getattr(tokenizer, "bos_token_id", None)])
-
-
 def _load_object(line: str | bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE:
-        _refuse(f"a line of more than {MAX_LINE} bytes", "split it or leave it out")
+        refuse(f"a line of more than {MAX_LINE} bytes", "split it or leave it out")
     try:
         # not json's own guess, which would also take UTF-16 and UTF-32
         text = line.decode("utf-8") if isinstance(line, bytes) else line
@@ -270,13 +186,13 @@ def _load_object(line: str | bytes) -> dict[str, Any]:
     except SampleError:
         raise
     except UnicodeDecodeError as error:
-        _refuse(f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8")
+        refuse(f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8")
     except RecursionError:
-        _refuse("JSON nested too deeply", "flatten it")
+        refuse("JSON nested too deeply", "flatten it")
     except ValueError as error:
-        _refuse(f"not JSON: {_line(str(error))}", "write one JSON object per line")
+        refuse(f"not JSON: {one_line(str(error))}", "write one JSON object per line")
     if not isinstance(value, dict):
-        _refuse(f"{_kind(value)} instead of a JSON object", _FORMS)
+        refuse(f"{_kind(value)} instead of a JSON object", _FORMS)
     return value
 
 
@@ -285,12 +201,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        _refuse(f"the key {_show(twice)} is there twice", "leave one of them out")
+        refuse(f"the key {shown(twice)} is there twice", "leave one of them out")
     return value
 
 
 def _no_constant(name: str) -> NoReturn:
-    _refuse(f"{name} is no JSON number", "use a finite number or null")
+    refuse(f"{name} is no JSON number", "use a finite number or null")
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | int]]:
@@ -333,63 +249,25 @@ class _Occurrences:
 
 def _ids(value: Any, name: str) -> tuple[int, ...]:
     if not isinstance(value, (list, tuple)):
-        _refuse(f"{name} is {_kind(value)}", "give a list of integers")
+        refuse(f"{name} is {_kind(value)}", "give a list of integers")
     for token in value:
         if type(token) is not int:
-            _refuse(f"{name} has {_show(token)}", "give integers only")
+            refuse(f"{name} has {shown(token)}", "give integers only")
     return tuple(value)
 
 
 def _check_messages(messages: Any, name: str) -> None:
     if not isinstance(messages, list) or not messages:
-        _refuse(
-            f"{name} is {_kind(messages) if messages else 'empty'}", "give a list of at least one message"
-        )
+        refuse(f"{name} is {_kind(messages) if messages else 'empty'}", "give a list of at least one message")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            _refuse(
-                f"{name} has a message without a role", 'give {"role": ..., "content": ...} with two texts'
-            )
+            refuse(f"{name} has a message without a role", 'give {"role": ..., "content": ...} with two texts')
         if not isinstance(message.get("content"), str):
-            _refuse(
-                f"{name} has a {message['role']!r} message whose content is not text", "only text is learned"
-            )
+            refuse(f"{name} has a {message['role']!r} message whose content is not text", "only text is learned")
 
 
-def _tokenize(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _leading_ids(tokenizer: Any) -> list[int]:
-    """Special tokens that the tokenizer puts in front of any text."""
-    plain = _tokenize(tokenizer, "a")
-    full = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
-    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0) if plain else 0
-    return full[:start]
-
-
-def _render(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    if not getattr(tokenizer, "chat_template", None):
-        _refuse("messages, but the tokenizer has no chat template", "give prompt and completion as text")
-    assert isinstance(sample.prompt, list) and isinstance(sample.completion, list)
-    options = {"tokenize": True, "return_dict": False}
-    try:
-        prompt = list(tokenizer.apply_chat_template(sample.prompt, add_generation_prompt=True, **options))
-        whole = list(tokenizer.apply_chat_template(sample.prompt + sample.completion, **options))
-    except ImportError as error:
-        raise ConfigError(f"chat templates need a package that is missing: {error}") from error
-    except Exception as error:
-        # a template is a program of the model's makers and may raise anything, often on purpose (order of
-        # roles)
-        _refuse(f"the chat template refuses it: {_line(str(error))}", "change the messages, or give text")
-    if whole[: len(prompt)] != prompt:
-        _refuse(
-            "the chat template changes the prompt once it is answered", "give prompt and completion as text"
-        )
-    return prompt, whole[len(prompt) :]
-
-
-def _refuse(what: str, remedy: str) -> NoReturn:
+def refuse(what: str, remedy: str) -> NoReturn:
+    """Raise the SampleError "what; remedy"."""
     raise SampleError(f"{what}; {remedy}")
 
 
@@ -398,10 +276,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a sample for a message: ASCII, cut after 40 characters."""
     text = ascii(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Another library's message for one of ours: one line, cut after 200 characters."""
     return " ".join(text.split())[:200]

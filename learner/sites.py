@@ -170,9 +170,7 @@ def attach(
     if basis_scope not in ("layer", "shared"):
         raise ConfigError(f"basis_scope is {basis_scope!r}: set it to 'layer' or 'shared'")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ModelError(
-            "the model carries PEFT layers already: give the base model, or merge_and_unload() first"
-        )
+        raise ModelError("the model carries PEFT layers already: give the base model, or merge_and_unload() first")
     binding = binding or Binding()
     before = _Before(model)
     try:

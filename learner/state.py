@@ -38,7 +38,8 @@ class Counters:
         quarantined: kept for review, not trained on.
         updates: of all kinds, those included whose samples were all settled; they number the draws from the ring.
         gradients: gradient evaluations, one for each sample in each update.
-        consolidated_at: `learned` when the periodic trigger last fired.
+        consolidations: calls of `consolidate` that rehearsed something.
+        consolidated_at: `learned` when the last of them ended.
     """
 
     acknowledged: int = 0
@@ -47,6 +48,7 @@ class Counters:
     quarantined: int = 0
     updates: int = 0
     gradients: int = 0
+    consolidations: int = 0
     consolidated_at: int = 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ogpstream.memory import orthonormal
 from ogpstream.memory.pinned import host_zeros
 
 # rows per chunk of a streamed basis: 32 x 2048 x 4 B = 256 KiB, and the granularity of the storage
@@ -119,8 +120,8 @@ class ProjectionBasis:
 
     def novelty(self, candidates: Tensor) -> Tensor:
         """|u - P P.T u| / |u| of each column of `[D_in, k]`: `[k]` float32; 0 for zero or non-finite ones."""
-        units, usable = self._units(candidates)
-        return torch.where(usable, _residual(self._rows, units.float()).norm(dim=1), 0.0)
+        units, usable = orthonormal.unit_rows(candidates, self.d_in)
+        return torch.where(usable, orthonormal.residual(self._rows, units.float()).norm(dim=1), 0.0)
 
     def replacement_slot(self) -> int | None:
         """The slot that the next novel direction takes over: the least used, then the longest in P.
@@ -153,16 +154,16 @@ class ProjectionBasis:
         """
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold is {threshold}: novelty is at most 1, choose 0 <= threshold < 1")
-        units, usable = self._units(candidates)
+        units, usable = orthonormal.unit_rows(candidates, self.d_in)
         # mostly nothing is novel, and float32 tells: widening a full [256, 2048] takes five times as long
         units = units[usable & (self.novelty(candidates) > threshold).any()]
         span = self._rows[: self._end() + len(units)].double()
         slots: list[int] = []
         replaced: list[int] = []
         for unit in units:
-            column = _orthogonalised(span, unit)
+            column = orthonormal.orthogonalised(span, unit)
             # what shrinks the second time lies in span(P) up to rounding: there is no direction to keep
-            if _residual(span, unit).norm() <= threshold or not column.norm() > 0.5:
+            if orthonormal.residual(span, unit).norm() <= threshold or not column.norm() > 0.5:
                 continue
             if len(slots) == at_most:
                 break
@@ -172,7 +173,7 @@ class ProjectionBasis:
                 break
             if full:
                 span[slot] = 0
-                column = _orthogonalised(span, unit)
+                column = orthonormal.orthogonalised(span, unit)
                 self._clear([slot])
                 self._replacements[self._block] += 1
                 replaced.append(slot)
@@ -260,18 +261,11 @@ class ProjectionBasis:
 
     def deviation(self) -> float:
         """|P.T P - I|_max of the live directions in float64; NaN if one is not finite, 0 if there is none."""
-        gram = self._gram()
-        return float((gram - torch.eye(len(gram))).abs().max()) if len(gram) else 0.0
+        return orthonormal.deviation(self._rows[self.live])
 
     def condition(self) -> float:
         """Condition number of the Gram matrix P.T P: 1 if orthonormal or empty, inf if singular."""
-        gram = self._gram()
-        if not len(gram):
-            return 1.0
-        if not gram.isfinite().all():
-            return float("inf")
-        values = torch.linalg.eigvalsh(gram)
-        return float(values[-1] / values[0]) if values[0] > 0 else float("inf")
+        return orthonormal.condition(self._rows[self.live])
 
     def check(self) -> None:
         """Refuse a damaged basis.
@@ -344,23 +338,9 @@ class ProjectionBasis:
             raise ValueError(f"capacity is {capacity}: choose 1 to {limit} for inputs of width {self.d_in}")
         return capacity
 
-    def _units(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        if candidates.ndim != 2 or candidates.shape[0] != self.d_in:
-            raise ValueError(f"candidates have shape {tuple(candidates.shape)}, expected [{self.d_in}, k]")
-        """Unit rows `[k, D_in]` in float64 (zero for unusable candidates) and which are usable `[k]`."""
-        units = candidates.detach().T.to("cpu", torch.float64).contiguous()
-        peak = units.abs().amax(dim=1)
-        usable = peak.isfinite() & (peak > 0)
-        units = torch.where(usable[:, None], units / peak[:, None], 0.0)
-        return units / torch.where(usable, units.norm(dim=1), 1.0)[:, None], usable
-
     def _end(self) -> int:
         """One past the last live slot."""
         return int(self.live.nonzero()[-1]) + 1 if self.live.any() else 0
-
-    def _gram(self) -> Tensor:
-        rows = self._rows[self.live].double()
-        return rows @ rows.T
 
     def _least_used(self, but: Iterable[int]) -> int | None:
         replaceable = self.live & ~self.fixed
@@ -375,17 +355,6 @@ class ProjectionBasis:
         self.fixed[slots] = False
         self.generation[slots] = 0
         self._uses[:, slots] = 0
-
-
-def _residual(span: Tensor, x: Tensor) -> Tensor:
-    """(I - P P.T) x of each row x `[..., D_in]`; the rows of the span `[n, D_in]` are P.T."""
-    return x - (x @ span.T) @ span
-
-
-def _orthogonalised(span: Tensor, unit: Tensor) -> Tensor:
-    """Gram-Schmidt twice, normalised in between: the result has norm 1 unless the unit lies in the span."""
-    first = _residual(span, unit)
-    return _residual(span, first / first.norm())
 
 
 def _copy(key: str, saved: Tensor, target: Tensor) -> None:

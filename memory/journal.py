@@ -63,6 +63,11 @@ class Journal:
         self._last = self._durable = self._segments[-1].last if self._segments else 0
 
     @property
+    def first_seq(self) -> int:
+        """Sequence number of the oldest record that is still kept, or the next one's when there is none."""
+        return self._segments[0].first if self._segments else 1
+
+    @property
     def last_seq(self) -> int:
         """Sequence number of the last appended record, durable or not; 0 when there is none."""
         return self._last

@@ -1,0 +1,112 @@
+"""From a sample to the token ids of one update, and where their supervised part begins."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ogpstream.learner.errors import ConfigError
+from ogpstream.learner.samples import Sample, one_line, refuse, shown
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a sample: prompt, then completion; only the completion is supervised.
+
+    `cut` counts the ids that were taken from the left of the prompt to fit.
+    """
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    expert: str
+    id: str | None
+    source: str | None
+    cut: int
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+def encode(sample: Sample, tokenizer: Any, *, vocab_size: int, max_tokens: int, append_eos: bool = False) -> Encoded:
+    """Token ids of `sample`, at most `max_tokens` (T), every one in [0, vocab_size).
+
+    Text: the special tokens that the tokenizer puts in front (BOS, if it has one), the prompt, the
+    completion, tokenised apart so that the border is exact; nothing after the prompt, and after the
+    completion the end token only with `append_eos`. Chat: the tokenizer's template, the completion being what
+    the whole conversation adds to the prompt with the generation prompt. A sample that is too long loses ids
+    from the left of its prompt, behind the leading special tokens.
+
+    Raises SampleError (too long or nothing to learn, no context, an id outside the vocabulary, a chat that
+    the template cannot render); ConfigError when max_tokens < 2 or the tokenizer lacks what is asked of it.
+    """
+    if max_tokens < 2:
+        raise ConfigError(f"max_tokens = {max_tokens}: a sample needs at least 2, one of context and one to learn")
+    prompt, completion, head = _split(sample, tokenizer, append_eos)
+    for name, ids in (("prompt", prompt), ("completion", completion)):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                refuse(
+                    f"id {shown(token)} of the {name} is outside the vocabulary of {vocab_size}",
+                    "use the tokenizer of this model",
+                )
+    if not completion:
+        refuse("the completion has no tokens, so there is nothing to learn", "give a longer completion")
+    if not prompt:
+        refuse("no token comes before the completion", "give a prompt: this tokenizer adds no begin token")
+    if len(completion) >= max_tokens:
+        refuse(
+            f"the completion has {len(completion)} tokens, over the limit of {max_tokens - 1}",
+            "shorten or split it",
+        )
+    cut = max(0, len(prompt) + len(completion) - max_tokens)
+    if cut:
+        head = min(head, len(prompt) - cut)
+        prompt = prompt[:head] + prompt[head + cut :]
+    return Encoded(tuple(prompt + completion), len(prompt), sample.expert, sample.id, sample.source, cut)
+
+
+def _split(sample: Sample, tokenizer: Any, append_eos: bool) -> tuple[list[int], list[int], int]:
+    """Ids of prompt and completion, and how many of the prompt's first ids stay whatever is cut."""
+    if sample.prompt_ids is not None and sample.completion_ids is not None:
+        prompt, completion = list(sample.prompt_ids), list(sample.completion_ids)
+    elif isinstance(sample.prompt, str):
+        lead = _leading_ids(tokenizer)
+        completion = _tokenize(tokenizer, str(sample.completion))
+        if append_eos:
+            if tokenizer.eos_token_id is None:
+                raise ConfigError("append_eos is set, but the tokenizer has no end token; unset it")
+            completion.append(tokenizer.eos_token_id)
+        return lead + _tokenize(tokenizer, sample.prompt), completion, len(lead)
+    else:
+        prompt, completion = _render(sample, tokenizer)
+    return prompt, completion, int(prompt[:1] == [getattr(tokenizer, "bos_token_id", None)])
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _leading_ids(tokenizer: Any) -> list[int]:
+    """Special tokens that the tokenizer puts in front of any text."""
+    plain = _tokenize(tokenizer, "a")
+    full = list(tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"])
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0) if plain else 0
+    return full[:start]
+
+
+def _render(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
+    if not getattr(tokenizer, "chat_template", None):
+        refuse("messages, but the tokenizer has no chat template", "give prompt and completion as text")
+    assert isinstance(sample.prompt, list) and isinstance(sample.completion, list)
+    options = {"tokenize": True, "return_dict": False}
+    try:
+        prompt = list(tokenizer.apply_chat_template(sample.prompt, add_generation_prompt=True, **options))
+        whole = list(tokenizer.apply_chat_template(sample.prompt + sample.completion, **options))
+    except ImportError as error:
+        raise ConfigError(f"chat templates need a package that is missing: {error}") from error
+    except Exception as error:
+        # a template is a program of the model's makers and may raise anything, often on purpose (order of
+        # roles)
+        refuse(f"the chat template refuses it: {one_line(str(error))}", "change the messages, or give text")
+    if whole[: len(prompt)] != prompt:
+        refuse("the chat template changes the prompt once it is answered", "give prompt and completion as text")
+    return prompt, whole[len(prompt) :]

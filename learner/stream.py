@@ -1,0 +1,184 @@
+"""A file of samples as a stream: lines in, groups that are acknowledged together, one result at the end.
+
+The memory it takes does not grow with the file, and killing it and running it again gives the same journal and state.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from ogpstream.learner.learner import StreamLearner
+from ogpstream.learner.report import SampleReport
+from ogpstream.learner.samples import read_samples
+
+# losses at either end of the stream that `loss_first` and `loss_last` are means of
+ENDS = 50
+# refused lines that the result repeats; all of them are logged
+PROBLEMS = 20
+
+_BIN = math.log(1.01)
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class StreamResult:
+    """What one run over a file did; the fields of `ogpstream learn --json`.
+
+    Attributes:
+        samples: lines that were samples, or refused as none.
+        learned: that an update was made for.
+        rejected: unusable lines, and samples that a guard refused.
+        skipped: whose id was brought before.
+        quarantined: kept for review, not trained on.
+        cut: samples that lost ids from the left of the prompt to fit.
+        update_ms_p50, update_ms_p95: milliseconds of a learned sample, with all that it caused; within 0.5 %.
+        loss_first, loss_last: mean of the first and last 50 losses, nats per token, before the update.
+        rss_peak_mb: peak resident memory of the process, MiB.
+        version: of the adapters at the end.
+        problems: the first 20 refusals, "FILE:LINE: what; remedy".
+    """
+
+    samples: int = 0
+    learned: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    quarantined: int = 0
+    cut: int = 0
+    update_ms_p50: float | None = None
+    update_ms_p95: float | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    rss_peak_mb: float = 0.0
+    version: int = 0
+    state_sha256: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+Progress = Callable[[StreamResult, int | None], None]
+
+
+def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: int = 64,
+               on_progress: Progress | None = None) -> StreamResult:
+    """Learn every line of a JSONL file once, rehearse what was not rehearsed yet, and save.
+
+    A line that is no usable sample is logged as a warning and recorded; the rest of the stream goes on. A sample that
+    had to be cut is logged as information.
+
+    Args:
+        group: lines that are acknowledged by one fsync.
+        on_progress: called with the result so far and the number of the line after each new sample, and after each
+            group; with None for the line before the rehearsal at the end.
+
+    Raises:
+        OSError: the file cannot be read.
+        OgpStreamError: the state cannot be written, or the configuration does not fit the tokenizer.
+    """
+    if group < 1:
+        raise ValueError(f"group is {group}: it must be at least 1")
+    result, tally = StreamResult(version=learner.version), _Tally()
+    tell = on_progress or (lambda _result, _line: None)
+    items = iter(read_samples(path))
+    while batch := list(islice(items, group)):
+        # of equal ids in a group the first one is taken
+        lines = {item.id: number for number, item in reversed(batch)}
+
+        def note(report: SampleReport, lines: dict[str | None, int] = lines) -> None:
+            number = lines[report.id]
+            _count(result, tally, report, f"{path}:{number}")
+            tell(result, number)
+
+        reports = learner.learn_batch([item for _, item in batch], refuse=True, on_report=note)
+        result.samples += len(batch) - len(reports)
+        result.skipped += len(batch) - len(reports)
+        tell(result, batch[-1][0])
+    tell(result, None)
+    learner.consolidate()
+    learner.save_state()
+    result.update_ms_p50, result.update_ms_p95 = tally.times.quantile(0.5), tally.times.quantile(0.95)
+    result.loss_first, result.loss_last = _mean(tally.first), _mean(tally.last)
+    result.rss_peak_mb, result.version = _rss_peak_mb(), learner.version
+    result.state_sha256 = learner.state_sha256()
+    return result
+
+
+class Histogram:
+    """Quantiles of positive numbers without keeping them: counts in bins that are 1 % wide."""
+
+    def __init__(self) -> None:
+        self._bins: Counter[int] = Counter()
+
+    def add(self, value: float) -> None:
+        self._bins[round(math.log(max(value, 1e-9)) / _BIN)] += 1
+
+    def quantile(self, share: float) -> float | None:
+        """The value that `share` of the numbers do not exceed, within 0.5 %; None where there are none."""
+        wanted = share * self._bins.total()
+        reached = 0
+        for number, count in sorted(self._bins.items()):
+            reached += count
+            if reached >= wanted:
+                return math.exp(number * _BIN)
+        return None
+
+
+class _Tally:
+    """What of a stream's reports the final figures need: bounded, however long the stream."""
+
+    def __init__(self) -> None:
+        self.times = Histogram()
+        self.first: list[float] = []
+        self.last: deque[float] = deque(maxlen=ENDS)
+
+    def learned(self, report: SampleReport) -> None:
+        self.times.add(report.milliseconds)
+        if report.loss is not None:
+            self.last.append(report.loss)
+            if len(self.first) < ENDS:
+                self.first.append(report.loss)
+
+
+def _count(result: StreamResult, tally: _Tally, report: SampleReport, where: str) -> None:
+    result.samples += 1
+    result.version = report.version
+    match report.status:
+        case "learned":
+            result.learned += 1
+            tally.learned(report)
+        case "rejected":
+            result.rejected += 1
+            problem = _problem(report, where)
+            _log.warning("%s", problem)
+            if len(result.problems) < PROBLEMS:
+                result.problems.append(problem)
+        case "quarantined":
+            result.quarantined += 1
+            _log.info("%s: kept, not trained on: %s", where, report.reason)
+    if report.cut:
+        result.cut += 1
+        _log.info("%s: too long: %d ids were cut from the left of the prompt", where, report.cut)
+
+
+def _problem(report: SampleReport, where: str) -> str:
+    reason = str(report.reason)
+    if reason.startswith(f"{where}: "):
+        return reason
+    # a guard saw the sample's loss; what was refused before has none, and names its own remedy
+    return f"{where}: {reason}" + ("; it is kept in quarantine.jsonl" if report.loss is not None else "")
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return sum(known) / len(known) if known else None
+
+
+def _rss_peak_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,113 @@
+"""One learner of the demo in a process of its own: it can be killed and started again with the same job.
+
+    python -m ogpstream.profiling.demo_worker JOB.json
+
+The job names the model, the method and the files; progress is written to one of them after every few samples, whole
+or not at all, and the scores when the stream has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ogpstream.learner import LearnerConfig, RetentionProbe, StreamLearner
+from ogpstream.learner.certificate import DriftMeter
+from ogpstream.profiling.stream_run import Method, StreamRun, evaluate, method_config, run_stream
+from ogpstream.profiling.tasks import demo_tasks
+
+# samples between two looks at the guarantee and between two writings of the progress
+LOOK = 50
+WRITE = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does.
+
+    Attributes:
+        model: folder or hub id.
+        config: the learner's settings as JSON values, before the method changes them.
+        state_dir: journal and snapshots; None keeps the state in memory.
+        calibration: texts for the warm start; None for the model's own samples.
+        held_out: texts that retention is measured on.
+        adapter: folder for the PEFT export, or None.
+    """
+
+    model: str
+    method: Method
+    config: dict[str, Any]
+    lr: float
+    idle: int
+    every: int
+    threads: int
+    progress: str
+    result: str
+    state_dir: str | None
+    calibration: Sequence[str] | None
+    held_out: Sequence[str]
+    adapter: str | None
+
+
+def work(job: Job) -> None:
+    """Run the job to its end, from where an earlier process left it."""
+    torch.set_num_threads(job.threads)
+    model = AutoModelForCausalLM.from_pretrained(job.model)
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    equal = LearnerConfig.from_dict(job.config)
+    tasks = demo_tasks(equal.seed)
+    run = StreamRun()
+    if job.state_dir is not None and Path(job.progress).exists():
+        run = StreamRun(**json.loads(Path(job.progress).read_text("utf-8")))
+        learner = StreamLearner.load_state(job.state_dir, model, tokenizer)
+    else:
+        learner = StreamLearner(model, tokenizer, method_config(job.method, equal, lr=job.lr),
+                                state_dir=job.state_dir, calibration=job.calibration)
+    probe = RetentionProbe(
+        learner.attachment, tokenizer(list(job.held_out), truncation=True, max_length=learner.max_tokens)["input_ids"]
+    )
+    with learner.attachment.binding.using(None):
+        before = evaluate(learner, tasks)
+    meter = DriftMeter(learner.state.protection, learner.state.store)
+
+    def tell(run: StreamRun) -> None:
+        if run.learned % LOOK == 0:
+            meter.mark()
+        if run.learned % WRITE == 0:
+            _write(job.progress, asdict(run))
+
+    _write(job.progress, asdict(run))
+    run = run_stream(learner, tasks, job.method, idle=job.idle, equal=equal, every=job.every, run=run, on_progress=tell)
+    drift = meter.drift()
+    retention = probe.measure()
+    if job.adapter is not None:
+        learner.export_peft(job.adapter)
+    _write(job.result, {
+        "tasks": [task.name for task in tasks], "before": before, "rows": run.rows, "points": run.points,
+        "updates": run.learned, "update_ms_p50": run.update_ms_p50, "grad_evals": learner.state.counters.gradients,
+        "state_bytes": learner.state_bytes(), "base_retention": retention.crs, "ppl_ratio": retention.ppl_ratio,
+        "guarantee_drift": drift.guarantee, "held_drift": drift.held, "state_sha256": learner.state_sha256(),
+        "basis_columns": learner.state.protection.columns, "version": learner.version,
+    })
+    learner.close()
+
+
+def _write(path: str, values: dict[str, Any]) -> None:
+    temporary = f"{path}.new"
+    Path(temporary).write_text(json.dumps(values), "utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    work(Job(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))

@@ -1,0 +1,367 @@
+"""The guarantee: no update moves x W for x in span(P), whatever the optimizer, the order of events and the experts."""
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner, update
+from ogpstream.learner.apply import Applier
+from ogpstream.learner.binding import Binding, GradientSink
+from ogpstream.learner.certificate import DriftMeter, spectral_norm
+from ogpstream.learner.folder import MemoryFolder
+from ogpstream.learner.protection import Protection
+from ogpstream.learner.state import Counters, LearnerState, Position
+from ogpstream.learner.update import Lesson, Updater
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.layout import SiteShape
+from ogpstream.memory.replay import ReplayRing
+from ogpstream.memory.seen import SeenIds
+
+TinyModel = Callable[..., tf.PreTrainedModel]
+
+LIMIT = 1e-6  # of |x| max_t |W_t|_2
+FAULTY = 1e-3  # what each fault below must exceed
+WIDTHS = {"q": (24, 17), "k": (24, 5), "o": (24, 11), "down": (37, 24)}
+LAYER = {"q": "q", "k": "q", "o": "o", "down": "down"}
+SHARED = {"q": "d24", "k": "d24", "o": "d24", "down": "d37"}
+EXPERTS = {"default": 3, "narrow": 1, "other": 4}
+# what a gradient stands for: its seed chooses the input directions, so that a seed that comes back brings them back
+LOSSES = {"new": 1.5, "learned": 0.3, "settled": 0.01}
+
+
+@pytest.fixture(scope="module")
+def bare(tiny_model: TinyModel) -> tf.PreTrainedModel:
+    return tiny_model("llama")
+
+
+def _random_gradient(
+    walk: object, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
+) -> Generator[str, None, float]:
+    """Stands for `sample_gradient`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
+    seed, loss = ids
+    inputs = torch.Generator().manual_seed(seed)
+    noise = torch.Generator().manual_seed(1000 + 7 * seed + loss)
+    for key in sink.layout.bases:
+        block = sink.layout.a_block(sink.slab, key)
+        x = torch.randn(block.shape[0], 2, generator=inputs)
+        block.copy_(x @ torch.randn(2, block.shape[1], generator=noise))
+    a = sink.layout.a_numel
+    sink.slab[a:] = torch.randn(len(sink.slab) - a, generator=noise)
+    sink.slab *= 0.1
+    yield "gradient"
+    return list(LOSSES.values())[loss]
+
+
+@pytest.fixture(autouse=True)
+def made_up_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything after the gradient is the learner's own code."""
+    if "real_gradients" in request.fixturenames:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update, "sample_gradient", _random_gradient)
+        yield
+
+
+@pytest.fixture
+def real_gradients() -> None:
+    """Asked for by tests that run a model."""
+
+
+class Bench:
+    """Store, protection and updater on four linears without a model, and an own record of what must not move."""
+
+    def __init__(self, model: tf.PreTrainedModel, config: LearnerConfig, bases: dict[str, str]) -> None:
+        self.model, self.config = model, config
+        self.sites = [SiteShape(name, *WIDTHS[name], basis) for name, basis in bases.items()]
+        # by expert and linear: generation, p.T W and the sum of the cuts when each direction joined, by slot
+        self.promised: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.largest: dict[tuple[str, int], float] = {}
+        self.worst = 0.0
+        self._build()
+        for name, rank in EXPERTS.items():
+            self.applier.adopt(name, rank, 2.0 / rank)
+        self.applier.serve({"default": 1.0, "narrow": 0.5})
+
+    def _build(self) -> None:
+        self.store = AdapterStore(self.sites, max_active=2)
+        self.protection = Protection(self.sites, self.config)
+        self.state = LearnerState(self.store, self.protection, ReplayRing(4, 8, vocab_size=101), SeenIds(),
+                                  Counters(), Position())
+        attachment: Any = SimpleNamespace(model=self.model, binding=Binding())
+        self.updater = Updater(attachment, self.store, self.protection, self.config)
+        self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {})
+
+    def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
+        if name not in self.store.active:
+            self.applier.serve({**dict(list(self.store.active.items())[1:]), name: 1.0})
+        work = self.updater.run(name, [Lesson((seed, list(LOSSES).index(kind)), 1, again=True)])
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                self.look()
+                report: update.Update = end.value
+                assert report.refusal is None
+                return report
+
+    def serve(self, *names: str) -> None:
+        self.applier.serve(dict.fromkeys(names, 0.5))
+        self.look()
+
+    def prune(self, keep: int) -> None:
+        for basis in self.protection.bases.values():
+            basis.prune(keep)
+        self.look()
+
+    def reload(self) -> None:
+        """Through JSON and copies into new objects, as a restart does."""
+        tensors, meta = self.state.capture()
+        saved = {name: tensor.clone() for name, tensor in tensors.items()}
+        self._build()
+        self.state.restore(saved, json.loads(json.dumps(meta)))
+        self.look()
+
+    def look(self) -> None:
+        """Compare x W with what it was when each direction joined P; beyond what cuts are accountable for."""
+        for name in self.store.names:
+            expert = self.store.expert(name)
+            for index, site in enumerate(self.sites):
+                here, basis, held = (name, index), self.protection.bases[site.basis], expert.held[index]
+                W = expert.scaling * (expert.a(index).double() @ expert.b(index).double())
+                W += held.U.double() @ held.V.double()
+                self.largest[here] = max(self.largest.get(here, 0.0), float(torch.linalg.matrix_norm(W, 2)))
+                along, generation = basis.rows().double() @ W, basis.generation.clone()
+                cuts = torch.full((len(along),), expert.discarded[index], dtype=torch.float64)
+                if here in self.promised:
+                    then, was, before = self.promised[here]
+                    same = basis.live & (generation == then)
+                    moved = (along - was)[same]
+                    size = moved.norm(dim=1).clamp_min(1e-300)
+                    excess = (size - (cuts - before)[same]).clamp_min(0) / size
+                    if len(moved) and self.largest[here] > 0:
+                        norm = float(torch.linalg.matrix_norm(excess[:, None] * moved, 2))
+                        self.worst = max(self.worst, norm / self.largest[here])
+                    along, cuts = torch.where(same[:, None], was, along), torch.where(same, before, cuts)
+                self.promised[here] = generation, along, cuts
+
+
+@dataclass(frozen=True)
+class Setting:
+    optimizer: str = "adam"
+    lr: float = 0.05
+    weight_decay: float = 0.0
+    held_rank: int | None = None
+    guard: str = "fold"
+    columns: int = 6
+
+    def config(self) -> LearnerConfig:
+        return LearnerConfig(
+            optimizer=self.optimizer, lr=self.lr, weight_decay=self.weight_decay,  # type: ignore[arg-type]
+            held_rank=self.held_rank, guard=self.guard, basis_columns=self.columns,  # type: ignore[arg-type]
+            directions_per_sample=2, use_window=10, warm_start=False,
+        )
+
+
+OPTIMIZERS = [Setting("sgd", 0.5), Setting("adam"), Setting("adam", weight_decay=0.5)]
+names = st.sampled_from(list(EXPERTS))
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("learn"), names, st.integers(0, 7), st.sampled_from(list(LOSSES))),
+        st.tuples(st.just("learn"), names, st.integers(0, 7), st.just("learned")),
+        st.tuples(st.just("serve"), names, names),
+        st.tuples(st.just("prune"), st.integers(0, 4)),
+        st.tuples(st.just("reload")),
+    ),
+    min_size=8,
+    max_size=30,
+)
+
+
+def _run(bench: Bench, story: Sequence[tuple[Any, ...]]) -> None:
+    for event, *arguments in story:
+        getattr(bench, event)(*arguments)
+
+
+@settings(max_examples=12)
+@given(story=events, bases=st.sampled_from([LAYER, SHARED]), held_rank=st.sampled_from([None, 2]))
+@pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
+def test_protected_outputs_do_not_move(
+    bare: tf.PreTrainedModel, setting: Setting, story: list[Any], bases: dict[str, str], held_rank: int | None
+) -> None:
+    bench = Bench(bare, Setting(setting.optimizer, setting.lr, setting.weight_decay, held_rank).config(), bases)
+    _run(bench, story)
+    assert bench.worst <= LIMIT
+
+
+def _long_story() -> list[tuple[Any, ...]]:
+    """Three rounds in which directions join, are replaced and pruned, and come back while an expert is away."""
+    story: list[tuple[Any, ...]] = []
+    for turn in range(3):
+        for seed in range(8):
+            story += [("learn", "default", seed, "new"), ("learn", "default", seed)]
+            story += [("learn", "narrow", seed + 1, "new")]
+        story += [("serve", "default", "other"), ("prune", 3), ("learn", "other", 2, "new")]
+        # "narrow" is away while these come back
+        story += [("learn", "default", seed) for seed in (5, 6, 7)]
+        story += [("reload",), ("learn", "narrow", 3, "new"), ("learn", "default", turn, "settled")]
+        story += [("learn", "narrow", seed, kind) for seed in (0, 4) for kind in ("new", "learned")]
+    return story
+
+
+@pytest.mark.parametrize(
+    ("held_rank", "bases"), [(None, LAYER), (None, SHARED), (2, LAYER)], ids=["layer", "shared", "layer, cut"]
+)
+@pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
+def test_a_long_story_with_everything_in_it(
+    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str]
+) -> None:
+    config = Setting(setting.optimizer, setting.lr, setting.weight_decay, held_rank).config()
+    bench = Bench(bare, config, bases)
+    seen: dict[str, int] = {"admitted": 0, "replaced": 0, "late": 0}
+    for event, *arguments in _long_story():
+        versions = {key: basis.version for key, basis in bench.protection.bases.items()}
+        behind = {n for n in bench.store.names if bench.store.expert(n).folded != versions}
+        result = getattr(bench, event)(*arguments)
+        if event == "learn":
+            seen["admitted"] += result.admitted
+            seen["replaced"] += result.replaced
+            seen["late"] += arguments[0] in behind
+    assert min(seen.values()) >= 5
+    assert bench.worst <= LIMIT
+    # it was no small matter: every expert computes something, and something was folded
+    for index in range(len(bench.sites)):
+        assert spectral_norm(bench.store.expert("default"), index) > 0.1
+        assert bench.store.expert("narrow").held[index].rank > 0
+    lost = sum(sum(bench.store.expert(name).discarded) for name in EXPERTS)
+    assert (lost > 0) == (held_rank is not None)
+
+
+def _take_out_the_fold(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protection, "_fold", lambda self, expert, directions: None)
+
+
+def _take_out_the_late_fold(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protection, "fold", lambda self, expert: None)
+    real = Protection._fold
+
+    def only_of_this_moment(self: Protection, expert: Any, directions: dict[str, Tensor]) -> None:
+        real(self, expert, {key: N[:, -2:] for key, N in directions.items()})
+
+    patch.setattr(Protection, "_fold", only_of_this_moment)
+
+
+def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
+    project, optimise = Protection.project_, Updater._optimise
+
+    def early(self: Updater, expert: Any, gradient: Tensor) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Protection, "project_", project)
+            self.protection.project_(expert.layout, gradient)
+            return optimise(self, expert, gradient)
+
+    patch.setattr(Protection, "project_", lambda self, layout, slab: {})
+    patch.setattr(Updater, "_optimise", early)
+
+
+@pytest.mark.parametrize(
+    "fault", [_take_out_the_fold, _take_out_the_late_fold, _project_before_the_optimizer, None],
+    ids=["no fold", "no late fold", "projection before Adam", "only dA is projected"],
+)
+def test_a_planted_fault_is_seen(
+    bare: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None] | None
+) -> None:
+    """This file's own checker and the published meter both see it."""
+    if fault is not None:
+        fault(monkeypatch)
+    setting = Setting(guard="gradient" if fault is None else "fold", columns=16)
+    bench = Bench(bare, setting.config(), LAYER)
+    meter = DriftMeter(bench.protection, bench.store)
+    for event in _long_story():
+        if event[0] != "reload":
+            _run(bench, [event])
+            meter.mark()
+    assert bench.worst > FAULTY
+    assert meter.drift().guarantee > FAULTY
+
+
+@pytest.mark.parametrize(("held_rank", "every"), [(None, 1), (3, 1), (3, 7)])
+def test_the_meter_measures_what_was_promised(bare: tf.PreTrainedModel, held_rank: int | None, every: int) -> None:
+    bench = Bench(bare, Setting(held_rank=held_rank).config(), LAYER)
+    meter = DriftMeter(bench.protection, bench.store)
+    for number, event in enumerate(event for event in _long_story() if event[0] != "reload"):
+        _run(bench, [event])
+        if number % every == 0:
+            meter.mark()
+    drift = meter.drift()
+    assert 0 < drift.guarantee <= LIMIT
+    bound = max(
+        bench.store.expert(name).discarded[index] / spectral_norm(bench.store.expert(name), index)
+        for name in EXPERTS for index in range(len(bench.sites))
+    )
+    assert drift.held == pytest.approx(bound)
+    assert (drift.held > 0.01) == (held_rank is not None)
+    meter.close()
+    assert bench.protection.on_cut is None
+
+
+def test_the_meter_tells_a_cut_from_a_leak(bare: tf.PreTrainedModel) -> None:
+    """A change of x W of known size at a protected x is reported as it is, beside cuts 10,000 times its size."""
+    bench = Bench(bare, Setting(held_rank=2).config(), LAYER)
+    for seed in range(6):
+        bench.learn("default", seed)
+    meter = DriftMeter(bench.protection, bench.store)
+    expert, basis = bench.store.expert("default"), bench.protection.bases["down"]
+    before = expert.discarded[3]
+    for seed in range(6, 10):
+        bench.learn("default", seed)
+    assert expert.discarded[3] > before
+    assert meter.drift().guarantee <= LIMIT
+    p = basis.rows()[meter._noted["default", 3].generation.nonzero()[0, 0]]
+    leak = 1e-5 * spectral_norm(expert, 3)
+    U, V = expert.held[3].U, expert.held[3].V
+    expert.held = [*expert.held[:3], type(expert.held[3])(torch.cat([U, leak * p[:, None]], 1),
+                                                          torch.cat([V, torch.eye(1, 24)], 0))]
+    assert meter.drift().guarantee == pytest.approx(1e-5, rel=0.1)
+
+
+def test_without_a_basis_there_is_nothing_to_measure(bare: tf.PreTrainedModel) -> None:
+    bench = Bench.__new__(Bench)
+    bench.model, bench.config = bare, Setting(guard="none").config()
+    bench.sites = [SiteShape(name, *WIDTHS[name], basis) for name, basis in LAYER.items()]
+    bench._build()
+    drift = DriftMeter(bench.protection, bench.store).drift()
+    assert (drift.guarantee, drift.held) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("scope", "held_rank"), [("layer", None), ("shared", 2)])
+def test_a_learner_keeps_its_promise(
+    tiny_model: TinyModel, real_gradients: None, scope: Any, held_rank: int | None
+) -> None:
+    config = LearnerConfig(
+        rank=3, lr=0.02, basis_scope=scope, held_rank=held_rank, basis_columns=12, learned_below=4.0, rehearsals=1,
+        warm_samples=4, warm_tokens=16, warm_energy=0.5, warm_share=0.3,
+    )
+    learner = StreamLearner(tiny_model("llama"), config=config)
+    learner.add_expert("other")
+    meter = DriftMeter(learner.state.protection, learner.state.store)
+    for number in range(8):
+        ids = torch.randint(4, 101, (9,), generator=torch.Generator().manual_seed(number)).tolist()
+        expert = "other" if number % 3 == 2 else "default"
+        learner.learn_batch([Sample(prompt_ids=tuple(ids[:5]), completion_ids=tuple(ids[5:]), expert=expert)])
+        learner.consolidate(1)
+        meter.mark()
+    assert learner.state.protection.columns > 8
+    drift = meter.drift()
+    assert 0 < drift.guarantee <= LIMIT
+    assert (drift.held > 0) == (held_rank is not None)
+    learner.close()

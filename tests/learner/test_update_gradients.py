@@ -1,0 +1,222 @@
+"""Gradients of an update against autograd's on a bare copy of the model, and updates that are dropped half-way."""
+
+import copy
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner
+from ogpstream.learner.protection import Protection
+from ogpstream.learner.sites import Attachment, GradientSink, attach
+from ogpstream.learner.step import sample_gradient, sample_loss
+from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.walk import LayerWalk
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.experts import Held
+
+TinyModel = Callable[..., tf.PreTrainedModel]
+T = TypeVar("T")
+
+EXACT = 1e-9
+PROMPT = 4
+
+
+def _ids(seed: int, length: int = 11) -> list[int]:
+    ids: list[int] = torch.randint(4, 101, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return ids
+
+
+def _exhaust(work: Generator[str, None, T]) -> tuple[list[str], T]:
+    units = []
+    while True:
+        try:
+            units.append(next(work))
+        except StopIteration as end:
+            result: T = end.value
+            return units, result
+
+
+def _serve(attachment: Attachment) -> AdapterStore:
+    """Ranks 3 and 2, gates 0.25 and 0.75, and held parts of ranks 2 and 1."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return 0.1 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    store = AdapterStore(attachment.shapes, dtype=torch.float64)
+    for name, rank, scaling, gate in (("default", 3, 0.5, 0.25), ("other", 2, 2.0, 0.75)):
+        expert = store.create(name, rank, scaling, normal(store.layout(rank).numel))
+        expert.held = [Held(normal(s.d_in, rank - 1), normal(rank - 1, s.d_out)) for s in attachment.shapes]
+        store.activate(name, gate)
+    attachment.binding.served = store.publish()
+    return store
+
+
+class _Plus(nn.Module):
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.delta
+
+
+def _autograd(
+    bare: tf.PreTrainedModel, attachment: Attachment, store: AdapterStore, name: str, ids: list[int], prompt: int
+) -> tuple[float, Tensor]:
+    """Loss of a plain model with weights W + sum_e gate_e W_e, and its gradient for the slab of one expert."""
+    model = copy.deepcopy(bare)
+    leaf = store.expert(name).factors.clone().requires_grad_()
+    for index, site in enumerate(attachment.sites):
+        delta = torch.zeros(site.shape.d_in, site.shape.d_out, dtype=torch.float64)
+        for other, gate in store.active.items():
+            expert = store.expert(other)
+            slab = leaf if other == name else expert.factors
+            a, b, held = expert.layout.a(slab, index), expert.layout.b(slab, index), expert.held[index]
+            delta = delta + gate * (expert.scaling * a @ b + held.U @ held.V)
+        linear = model.get_submodule(site.name)
+        turned = delta if type(linear) is Conv1D else delta.T
+        parametrize.register_parametrization(linear, "weight", _Plus(turned), unsafe=True)
+    tokens = torch.tensor([ids])
+    labels = tokens.clone()
+    labels[:, :prompt] = -100
+    output = model(input_ids=tokens, labels=labels)
+    loss = nn.functional.cross_entropy(output.logits[0, prompt - 1 : -1], tokens[0, prompt:])
+    # transformers' own loss is made from float32 logits
+    assert abs(output.loss.item() - loss.item()) <= 1e-5
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.item(), gradient
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gpt2"])
+def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> None:
+    model = tiny_model(family, dtype=torch.float64)
+    bare = copy.deepcopy(model)
+    attachment = attach(model, rank=3, target_modules="all-linear")
+    store, walk, ids = _serve(attachment), LayerWalk(model), _ids(1)
+    for name, chunk in (("default", 128), ("other", 3)):
+        sink = GradientSink(store.expert(name).layout, name, dtype=torch.float64)
+        units, loss = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, PROMPT, chunk=chunk))
+        expected, gradient = _autograd(bare, attachment, store, name, ids, PROMPT)
+        assert abs(loss - expected) <= EXACT
+        assert float((sink.slab - gradient).abs().max()) <= EXACT * float(gradient.abs().max())
+        # the leaf of a wrong expert, or a zero gradient, would agree with nothing
+        assert float(gradient.abs().max()) > 1e-3
+        chunks = -(-(len(ids) - PROMPT) // chunk)
+        assert units == ["plan", *["forward"] * 2, *["loss"] * chunks, *["backward"] * 2]
+        assert sample_loss(walk, ids, PROMPT) == pytest.approx(expected, abs=EXACT)
+    assert attachment.binding.sink is None
+
+
+@pytest.mark.parametrize(("length", "prompt"), [(2, 1), (9, 8), (9, 1)])
+def test_chunks_of_the_loss_make_no_difference(tiny_model: TinyModel, length: int, prompt: int) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    attachment = attach(model, rank=3)
+    store, walk, ids = _serve(attachment), LayerWalk(model), _ids(3, length)
+    results = []
+    for chunk in (1, 2, 7, 128):
+        sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
+        _, loss = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, prompt, chunk=chunk))
+        results.append((loss, sink.slab))
+    for loss, slab in results[1:]:
+        assert abs(loss - results[0][0]) <= EXACT
+        assert torch.allclose(slab, results[0][1], rtol=0, atol=EXACT)
+
+
+def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    bare = copy.deepcopy(model)
+    attachment = attach(model, rank=3, target_modules="all-linear")
+    store = _serve(attachment)
+    config = LearnerConfig(guard="none", optimizer="sgd", lr=0.5, settled_below=0.0)
+    updater = Updater(attachment, store, Protection(attachment.shapes, config), config)
+    lessons = [Lesson(_ids(seed, 6 + seed), PROMPT, again=False) for seed in (1, 2)]
+    expected = [_autograd(bare, attachment, store, "other", list(one.ids), PROMPT) for one in lessons]
+    other, default = store.expert("other").factors, store.expert("default").factors
+    served = attachment.binding.served
+    _, report = _exhaust(updater.run("other", lessons))
+    assert report.losses == pytest.approx([loss for loss, _ in expected], abs=EXACT)
+    assert report.gradient_norms == pytest.approx([float(g.norm()) for _, g in expected], rel=EXACT)
+    step = 0.5 * (expected[0][1] + expected[1][1])
+    assert torch.allclose(store.expert("other").factors, other - step, rtol=0, atol=EXACT)
+    assert store.expert("default").factors is default
+    now = attachment.binding.served
+    assert now is not None and served is not None and now.version == served.version + 1
+
+
+def _learner(tiny_model: TinyModel, **changes: Any) -> StreamLearner:
+    values: dict[str, Any] = dict(rank=3, lr=0.02, basis_columns=8, learned_below=6.0, warm_samples=2, warm_tokens=8)
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(**{**values, **changes}))
+    learner.add_expert("other")
+    for seed in range(3):
+        learner.learn_one(_sample(seed))
+    learner.consolidate()
+    return learner
+
+
+def _sample(seed: int, expert: str = "default") -> Sample:
+    ids = _ids(seed)
+    return Sample(prompt_ids=tuple(ids[:PROMPT]), completion_ids=tuple(ids[PROMPT:]), id=str(seed), expert=expert)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("guard", ["fold", "gradient"])
+def test_an_update_dropped_at_any_unit_changes_nothing(tiny_model: TinyModel, guard: str, optimizer: str) -> None:
+    whole, learner = (_learner(tiny_model, guard=guard, optimizer=optimizer) for _ in range(2))
+    before = learner.state_sha256()
+    assert before == whole.state_sha256()
+    assert learner.state.protection.columns > 0
+    units, _ = _exhaust(whole.step(_sample(9)))
+    assert {"plan", "forward", "loss", "backward", "optimizer", "projection"} == set(units)
+    version = learner.version
+    for stop in range(1, len(units) + 1):
+        # the first call acknowledges the sample, the others find it pending
+        work: Generator[str, None, Any] = learner.step(_sample(9)) if stop == 1 else learner._drain()
+        assert [next(work) for _ in range(stop)] == units[:stop]
+        work.close()
+        assert learner.state_sha256() == before, f"dropped after unit {stop}, {units[stop - 1]!r}"
+        assert (learner.pending, learner.version) == (1, version)
+    learner.drain()
+    assert learner.pending == 0
+    assert learner.state_sha256() == whole.state_sha256() != before
+    # and so does the work after it
+    assert learner.learn_one(_sample(10)).loss == whole.learn_one(_sample(10)).loss
+    assert learner.state_sha256() == whole.state_sha256()
+
+
+def test_a_sample_dropped_between_its_updates_goes_on_after_the_first(tiny_model: TinyModel) -> None:
+    """With a replayed sample, and with an expert that has to be activated first."""
+    whole, learner = (_learner(tiny_model, replay_every=1) for _ in range(2))
+    sample = _sample(9, expert="other")
+    units, _ = _exhaust(whole.step(sample))
+    assert units.count("optimizer") == 2
+    first = units.index("projection") + 1
+    states = []
+    for stop in range(1, len(units) - first + 1):
+        work: Generator[str, None, Any] = learner.step(sample) if stop == 1 else learner._drain()
+        for _ in range(first + stop if stop == 1 else stop):
+            next(work)
+        work.close()
+        states.append(learner.state_sha256())
+        assert learner.pending == 1
+    assert len(set(states)) == 1
+    learner.drain()
+    assert learner.state_sha256() == whole.state_sha256() != states[0]
+
+
+def test_the_next_sample_finishes_a_dropped_one_first(tiny_model: TinyModel) -> None:
+    whole, learner = (_learner(tiny_model) for _ in range(2))
+    work = learner.step(_sample(9))
+    for _ in range(4):
+        next(work)
+    work.close()
+    learner.learn_one(_sample(10))
+    whole.learn_one(_sample(9))
+    whole.learn_one(_sample(10))
+    assert learner.state_sha256() == whole.state_sha256()
