@@ -89,7 +89,8 @@ class Applier:
                 return self._report(record, "rejected", started, loss, updates, reason)
             counters.learned += 1
             self._note(slots, update, first=1)
-            slot = ring.add(record["ids"], record["prompt_length"], expert=record["expert"], uid=record["seq"])
+            # not the journal's number: a copy of the state starts its journal anew
+            slot = ring.add(record["ids"], record["prompt_length"], expert=record["expert"], uid=counters.acknowledged)
             if slot is not None:
                 ring.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
             updates.append(update)
@@ -214,7 +215,8 @@ class Applier:
         for name in tuple(store.active):
             if name not in gates:
                 store.deactivate(name)
-        for name, gate in gates.items():
+        # sorted, as the journal gives them back: the order decides which one is the least recently used
+        for name, gate in sorted(gates.items()):
             self.state.protection.fold(store.expert(name))
             store.activate(name, gate)
         self.updater.publish()
@@ -232,13 +234,15 @@ class Applier:
         state = self.state
         counters, seen, version = state.counters, state.seen.state_dict(), state.store.served.version
         state.restore(snapshot.tensors, snapshot.meta)
-        for undone in self.folder.kept(state.position.seq):
+        # a snapshot made between the updates of a sample has that sample in it
+        inside = state.position.seq + (state.position.done > 0)
+        for undone in self.folder.kept(inside):
             if undone["kind"] == "sample" and undone["seq"] < record["seq"]:
                 self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
         learned = state.counters.learned
-        state.counters = replace(counters, learned=learned,
+        state.counters = replace(counters, learned=learned, consolidated_at=min(counters.consolidated_at, learned),
                                  quarantined=counters.quarantined + counters.learned - learned)
         self.updater.attachment.binding.served = state.store.publish(version + 1)
 

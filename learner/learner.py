@@ -73,18 +73,19 @@ class StreamLearner:
         verifier: Verifier | None = None,
     ) -> None:
         self._build(model, tokenizer, config or LearnerConfig(), verifier)
-        if state_dir is not None:
-            folder = StateFolder(state_dir)
-            if not folder.empty:
-                folder.close()
-                self.attachment.detach()
-                raise StateError(f"{state_dir} holds a state already: continue it with StreamLearner.load_state")
-            self._applier.folder = folder
-        if self.config.warm_start and self.config.guard == "fold":
-            self._warm_start(calibration)
-        self._applier.adopt(DEFAULT_EXPERT, self.config.rank, self.config.scaling)
-        self._applier.serve({DEFAULT_EXPERT: 1.0})
-        self.save_state()
+        try:
+            if state_dir is not None:
+                self._applier.folder = folder = StateFolder(state_dir)
+                if not folder.empty:
+                    raise StateError(f"{state_dir} holds a state already: continue it with StreamLearner.load_state")
+            if self.config.warm_start and self.config.guard == "fold":
+                self._warm_start(calibration)
+            self._applier.adopt(DEFAULT_EXPERT, self.config.rank, self.config.scaling)
+            self._applier.serve({DEFAULT_EXPERT: 1.0})
+            self.save_state()
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def load_state(
@@ -491,6 +492,8 @@ class StreamLearner:
             if self.tokenizer is None:
                 raise ConfigError("calibration texts need a tokenizer: give one, or no texts")
             texts = [ids for text in calibration if (ids := self.tokenizer(text).input_ids[: self.max_tokens])]
+            if not texts:
+                raise ConfigError("the calibration texts hold no token: give longer ones, or none")
         self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))
 
 

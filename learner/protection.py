@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
-from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.fold import add_to_held, remove
 from ogpstream.memory.basis import ProjectionBasis
@@ -53,7 +52,6 @@ class Protection:
         # told of what each cut of a held part drops: (expert, site, the dropped matrix)
         self.on_cut: Callable[[str, int, Held], None] | None = None
         self.bases: dict[str, ProjectionBasis] = {}
-        self.anchors: dict[str, BaseAnchor] = {}
         if config.guard != "none":
             for site in sites:
                 if site.basis not in self.bases:
@@ -99,14 +97,8 @@ class Protection:
         for key, mask in used.items():
             self.bases[key].record_use(mask)
 
-    def pull_to_base_(self, layout: Layout, factors: Tensor, scaling: float) -> None:
-        """Fade what an expert adds to the base model's own inputs, in place; nothing without a warm start."""
-        if self.config.base_anchor:
-            for key, anchor in self.anchors.items():
-                anchor.pull_(layout, factors, key, scaling=scaling, strength=self.config.base_anchor)
-
     def warm_start(self, covariances: Mapping[str, Tensor]) -> None:
-        """Protect the leading directions of the base's inputs for good, and anchor the others.
+        """Protect the leading directions of the base's inputs for good.
 
         Args:
             covariances: C `[D_in, D_in]` by basis.
@@ -119,7 +111,6 @@ class Protection:
             room = int(self.config.warm_share * self.bases[key].capacity)
             count = min(int((held < self.config.warm_energy).sum()) + 1, room)
             found[key] = vectors[:, :count]
-            self.anchors[key] = BaseAnchor.from_eigen(values, vectors, count)
         self.admit(found, [], fixed=True)
 
     def grow(self, layout: Layout, gradient: Tensor, experts: Sequence[Expert]) -> Growth:
@@ -128,10 +119,15 @@ class Protection:
         Args:
             gradient: flat slab of the sample's dA and dB, before any projection.
         """
-        config = self.config
-        found = {
-            key: candidates(layout.a_block(gradient, key), config.directions_per_sample) for key in self.bases
-        }
+        outside = gradient.clone()
+        self.project_(layout, outside)
+        found = {}
+        for key in self.bases:
+            block, rest = layout.a_block(gradient, key), layout.a_block(outside, key)
+            # the leading vectors of dA itself lie in P after a warm start: P then grew by 5 directions in a stream
+            # where it grows by 26 on what is left of dA outside it
+            if float(rest.norm()) > self.config.novelty * float(block.norm()):
+                found[key] = candidates(rest, self.config.directions_per_sample)
         return self.admit(found, experts)
 
     def admit(self, found: Mapping[str, Tensor], experts: Sequence[Expert], *, fixed: bool = False) -> Growth:
@@ -205,10 +201,6 @@ class Protection:
         meta: dict[str, Any] = {}
         for index, (key, basis) in enumerate(self.bases.items()):
             own, meta[key] = basis.state_dict()
-            if key in self.anchors:
-                anchor = self.anchors[key]
-                own |= {"anchor_rows": anchor.rows, "anchor_weights": anchor.weights}
-                meta[key] = {**meta[key], "anchor_floor": anchor.floor}
             tensors.update({f"{index}.{name}": tensor for name, tensor in own.items()})
         return tensors, meta
 
@@ -218,17 +210,15 @@ class Protection:
         Raises:
             ValueError: the bases differ from those of these sites, or are damaged.
         """
-        if list(meta) != list(self.bases):
-            raise ValueError(f"the state has bases for {len(meta)} inputs, this learner for {len(self.bases)}")
+        # as sets: a snapshot comes back with its keys sorted
+        if meta.keys() != self.bases.keys():
+            odd = min(meta.keys() ^ self.bases.keys())
+            raise ValueError(f"the state has bases for {len(meta)} inputs, this learner for {len(self.bases)}: "
+                             f"{odd} is only in one of them")
         for index, (key, basis) in enumerate(self.bases.items()):
             mark = f"{index}."
             own = {name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}
-            values = dict(meta[key])
-            if "anchor_rows" in own:
-                self.anchors[key] = BaseAnchor(
-                    own.pop("anchor_rows"), own.pop("anchor_weights"), values.pop("anchor_floor")
-                )
-            basis.load_state_dict(own, values)
+            basis.load_state_dict(own, meta[key])
             basis.check()
 
 

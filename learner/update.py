@@ -77,7 +77,6 @@ class Updater:
             proposal = self._optimise(expert, sum(moving[1:], start=moving[0].clone()))
             yield "optimizer"
             if self.protection.folds:
-                self.protection.pull_to_base_(expert.layout, proposal.factors, expert.scaling)
                 self.protection.project_(expert.layout, proposal.factors)
             yield "projection"
             if not bool(proposal.factors.isfinite().all()):
@@ -131,16 +130,43 @@ class Updater:
         used = self.protection.project_(expert.layout, gradient)
         factors = expert.factors.clone()
         parts = (slice(0, a), slice(a, None))
+        exp_avg = exp_avg_sq = None
         if config.optimizer == "sgd":
             for part in parts:
                 dispatch.sgd_(factors[part], gradient[part], lr=lr, weight_decay=config.weight_decay)
-            return _Proposal(factors, None, None, used)
-        exp_avg = torch.zeros_like(factors) if expert.exp_avg is None else expert.exp_avg.clone()
-        exp_avg_sq = torch.zeros_like(factors) if expert.exp_avg_sq is None else expert.exp_avg_sq.clone()
-        for part in parts:
-            dispatch.adam_(factors[part], gradient[part], exp_avg[part], exp_avg_sq[part], step=expert.steps + 1,
-                           lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        else:
+            exp_avg = torch.zeros_like(factors) if expert.exp_avg is None else expert.exp_avg.clone()
+            exp_avg_sq = torch.zeros_like(factors) if expert.exp_avg_sq is None else expert.exp_avg_sq.clone()
+            for part in parts:
+                dispatch.adam_(factors[part], gradient[part], exp_avg[part], exp_avg_sq[part], step=expert.steps + 1,
+                               lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        if config.product_decay:
+            for index in range(len(expert.layout.sites)):
+                decay_product_(expert.layout.a(factors, index), expert.layout.b(factors, index),
+                               scaling=expert.scaling, strength=config.product_decay)
         return _Proposal(factors, exp_avg, exp_avg_sq, used)
+
+
+def decay_product_(A: Tensor, B: Tensor, *, scaling: float, strength: float) -> None:
+    """One gradient step on E = |scaling A B|_F^2 / 2 in place, decoupled from the optimizer.
+
+        A <- A - strength scaling^2 A B B.T        B <- B - strength scaling^2 A.T A B
+
+    Weight decay of what the factors do together, and not of the factors: with the base's leading input directions in
+    P, the others carry about equal energy, so E measures what the expert adds to the base model's own inputs. A
+    sample that needs the adapter wins it back; what no sample asks for fades. Held parts do not fade.
+
+    Args:
+        A: shape `[D_in, r]`.
+        B: shape `[r, D_out]`.
+        strength: length of the step, shortened where it would overshoot.
+    """
+    outer, inner = scaling**2 * (B @ B.T), scaling**2 * (A.T @ A)
+    # a step longer than 1 over the largest eigenvalue, which the trace bounds, would grow what it should shrink
+    largest = max(float(outer.trace()), float(inner.trace()))
+    step = strength if strength * largest < 0.5 else 0.5 / largest
+    A.sub_(A @ outer, alpha=step)
+    B.sub_(inner @ B, alpha=step)
 
 
 @dataclass(frozen=True)

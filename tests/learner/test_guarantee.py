@@ -22,6 +22,7 @@ from ogpstream.learner.protection import Protection
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.experts import Held
 from ogpstream.memory.layout import SiteShape
 from ogpstream.memory.replay import ReplayRing
 from ogpstream.memory.seen import SeenIds
@@ -102,8 +103,7 @@ class Bench:
         self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {})
 
     def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
-        if name not in self.store.active:
-            self.applier.serve({**dict(list(self.store.active.items())[1:]), name: 1.0})
+        self.applier._make_active(name)
         work = self.updater.run(name, [Lesson((seed, list(LOSSES).index(kind)), 1, again=True)])
         while True:
             try:
@@ -328,9 +328,12 @@ def test_the_meter_tells_a_cut_from_a_leak(bare: tf.PreTrainedModel) -> None:
     assert meter.drift().guarantee <= LIMIT
     p = basis.rows()[meter._noted["default", 3].generation.nonzero()[0, 0]]
     leak = 1e-5 * spectral_norm(expert, 3)
-    U, V = expert.held[3].U, expert.held[3].V
-    expert.held = [*expert.held[:3], type(expert.held[3])(torch.cat([U, leak * p[:, None]], 1),
-                                                          torch.cat([V, torch.eye(1, 24)], 0))]
+    for _ in range(10):
+        # a little at a time, and looked at each time
+        U, V = expert.held[3].U, expert.held[3].V
+        leaking = Held(torch.cat([U, leak / 10 * p[:, None]], 1), torch.cat([V, torch.eye(1, 24)], 0))
+        expert.held = [*expert.held[:3], leaking]
+        meter.mark()
     assert meter.drift().guarantee == pytest.approx(1e-5, rel=0.1)
 
 

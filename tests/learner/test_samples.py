@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ogpstream.learner import samples as module
 from ogpstream.learner.errors import SampleError
-from ogpstream.learner.samples import Sample, parse_line, read_samples
+from ogpstream.learner.samples import Refused, Sample, parse_line, read_samples
 
 
 def parse(value):
@@ -182,9 +182,11 @@ def test_files_are_read_line_by_line(tmp_path):
     read = list(read_samples(path))
     assert [number for number, _ in read] == [1, 4, 5, 6, 7, 8, 9]
     digest = hashlib.sha256(good).hexdigest()
-    ids = [sample.id if isinstance(sample, Sample) else type(sample) for _, sample in read]
-    assert ids == [f"{digest}-1", f"{digest}-2", SampleError, "x", SampleError, "x", f"{digest}-3"]
-    assert str(read[2][1]).startswith(f"{path}:5: byte 1 is not UTF-8; ")
+    bad, none = (hashlib.sha256(line).hexdigest() for line in (b"\xff", b"{}"))
+    ids = [sample.id for _, sample in read]
+    assert ids == [f"{digest}-1", f"{digest}-2", f"{bad}-1", "x", f"{none}-1", "x", f"{digest}-3"]
+    assert [isinstance(sample, Refused) for _, sample in read] == [False, False, True, False, True, False, False]
+    assert read[2][1].reason.startswith(f"{path}:5: byte 1 is not UTF-8; ")
     assert read[0][1].prompt == "a\0"
     path.write_bytes(b"")
     assert list(read_samples(path)) == []
@@ -201,7 +203,9 @@ def test_a_line_over_the_limit_is_refused_and_the_next_one_read(tmp_path, monkey
             read = list(read_samples(path))
             assert [isinstance(sample, Sample) for _, sample in read] == [True, False, False, True, False]
             assert [number for number, _ in read] == [1, 2, 3, 4, 5]
-            assert str(read[2][1]) == f"{path}:3: a line of more than 60 bytes; split it or leave it out"
+            length = 500 + len(end)
+            reason = f"{path}:3: a line of {length} bytes, over the limit of 60; split it or leave it out"
+            assert read[2][1] == Refused(f"line-3-of-{length}-bytes", reason)
     with pytest.raises(SampleError, match="more than 60 bytes"):
         parse_line("x" * 61, file="f", number=1)
 

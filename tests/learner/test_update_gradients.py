@@ -134,7 +134,7 @@ def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel
     bare = copy.deepcopy(model)
     attachment = attach(model, rank=3, target_modules="all-linear")
     store = _serve(attachment)
-    config = LearnerConfig(guard="none", optimizer="sgd", lr=0.5, settled_below=0.0)
+    config = LearnerConfig(guard="none", optimizer="sgd", lr=0.5, settled_below=0.0, product_decay=0.0)
     updater = Updater(attachment, store, Protection(attachment.shapes, config), config)
     lessons = [Lesson(_ids(seed, 6 + seed), PROMPT, again=False) for seed in (1, 2)]
     expected = [_autograd(bare, attachment, store, "other", list(one.ids), PROMPT) for one in lessons]

@@ -1,0 +1,287 @@
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ogpstream.learner import StreamLearner, cli
+from ogpstream.learner.folder import StateFolder
+
+SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snapshot_every=4"]
+# names that scripts depend on
+LEARN_FIELDS = {"samples", "learned", "rejected", "skipped", "quarantined", "update_ms_p50", "update_ms_p95",
+                "loss_first", "loss_last", "rss_peak_mb", "version", "state_sha256"}
+STATUS_FIELDS = {"healthy", "acknowledged", "learned", "rejected", "quarantined", "pending", "version", "updates",
+                 "basis_columns", "ring_samples", "experts", "state_sha256"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plugins():
+    """What is installed beside this package may add commands, and take its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "entry_points", lambda group: [])
+        cli._add_plugins.cache_clear()
+        yield
+    cli._add_plugins.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tiny_tokenizer, tmp_path_factory):
+    """A folder with two models, a stream of 6 lines, and a state that learned it."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny_model(num_hidden_layers=1, seed=seed).save_pretrained(folder / name)
+        tiny_tokenizer.save_pretrained(folder / name)
+    lines = [json.dumps({"prompt": f"say {n}", "completion": f" {n} then"}) for n in range(6)]
+    (folder / "s.jsonl").write_text("\n".join(lines) + "\n")
+    assert cli.main(learn(folder, "--json")) == 0
+    return folder
+
+
+def learn(place, *more, model="model", samples="s.jsonl", state="state", settings=SETTINGS):
+    named = ["--model", str(place / model), "--samples", str(place / samples), "--state", str(place / state)]
+    return ["learn", *named, *settings, *more]
+
+
+@pytest.fixture
+def run(capfd):
+    """Call `main` with arguments: (exit status, stdout lines, stderr lines)."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    """A copy of the learned state that a test may change."""
+    return shutil.copytree(place / "state", tmp_path / "state")
+
+
+def test_learn_answers_in_one_json_line_and_status_tells_the_same_state(place, run, tmp_path):
+    code, out, err = run(*learn(tmp_path, "--json", model=place / "model", samples=place / "s.jsonl"))
+    assert (code, err, len(out)) == (0, [], 1)
+    told = json.loads(out[0])
+    assert told.keys() >= LEARN_FIELDS
+    assert [told[name] for name in ("samples", "learned", "rejected", "skipped")] == [6, 6, 0, 0]
+    assert 50 < told["rss_peak_mb"] < 10_000
+
+    code, out, err = run("status", "--state", tmp_path / "state", "--json")
+    assert (code, err, len(out)) == (0, [], 1)
+    status = json.loads(out[0])
+    assert status.keys() == STATUS_FIELDS
+    assert (status["healthy"], status["learned"], status["pending"], status["experts"]) == (True, 6, 0, ["default"])
+    assert (status["state_sha256"], status["version"]) == (told["state_sha256"], told["version"])
+
+    again = learn(tmp_path, model=place / "model", samples=place / "s.jsonl", settings=[])
+    code, out, err = run(*again, "--json")
+    told_again = json.loads(out[-1])
+    assert (code, told_again["skipped"], told_again["learned"]) == (0, 6, 0)
+    assert told_again["state_sha256"] == told["state_sha256"]
+    code, out, err = run(*again)
+    assert (code, err) == (0, []) and out[0] == "learned 0 of 6 samples, 6 skipped as known"
+
+
+def test_status_equals_the_loaded_learners(place, run, tiny_tokenizer):
+    code, out, _ = run("status", "--state", place / "state", "--json")
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    learner = StreamLearner.load_state(place / "state", model, tiny_tokenizer)
+    assert json.loads(out[0]) == learner.status()
+    learner.close()
+    code, out, _ = run("status", "--state", place / "state")
+    assert code == 0 and out[0].split() == ["healthy", "True"]
+
+
+def test_status_needs_no_lock_and_counts_what_is_pending(copy, run):
+    folder = StateFolder(copy)
+    for n in range(3):
+        folder.append({"kind": "sample", "id": str(n)})
+    folder.sync()
+    code, out, _ = run("status", "--state", copy, "--json")
+    folder.close()
+    status = json.loads(out[0])
+    assert (code, status["pending"], status["acknowledged"], status["learned"]) == (0, 3, 9, 6)
+
+
+def test_rejected_lines_are_told_and_only_strict_fails(place, run, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "completion": ""}\n{"prompt": "x", "completion": "y"}\n{\n')
+    options = dict(model=place / "model", samples=tmp_path / "bad.jsonl")
+    code, out, err = run(*learn(tmp_path, **options))
+    assert code == 0
+    assert [line.split(": ")[0] for line in err] == [f"{tmp_path}/bad.jsonl:1", f"{tmp_path}/bad.jsonl:3"]
+    assert out[0] == "learned 1 of 3 samples, 2 rejected"
+    code, out, err = run(*learn(tmp_path, "--strict", "--json", state="strict", **options))
+    assert code == 1 and len(err) == 2 and len(json.loads(out[0])["problems"]) == 2
+
+
+def test_a_cut_sample_is_told(place, run, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "completion": "y"}) + "\n")
+    code, out, err = run(*learn(tmp_path, "--verbose", model=place / "model", samples=tmp_path / "long.jsonl"))
+    assert code == 0 and out[0] == "learned 1 of 1 samples, 1 cut to fit"
+    assert err == [f"{tmp_path}/long.jsonl:1: too long: 174 ids were cut from the left of the prompt"]
+
+
+def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_path):
+    code, out, err = run("export", "--state", copy, "--out", tmp_path / "adapter", "--json")
+    assert (code, err) == (0, []) and json.loads(out[0])["expert"] == "default"
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    ids = torch.arange(5, 25)[None]
+    tuned = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    learner = StreamLearner.load_state(copy, AutoModelForCausalLM.from_pretrained(place / "model"))
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(ids).logits, learner.model(ids).logits, atol=1e-5, rtol=0)
+    older = learner.versions()[0]
+    learner.close()
+
+    before = json.loads(run("status", "--state", copy, "--json")[1][0])
+    code, out, err = run("rollback", "--to", older, "--state", copy, "--json")
+    told = json.loads(out[0])
+    assert (code, err, told["rolled_back_to"], told["version"]) == (0, [], older, before["version"] + 1)
+    assert told["learned"] < 6 and told["quarantined"] == 6 - told["learned"]
+    assert json.loads(run("status", "--state", copy, "--json")[1][0])["state_sha256"] == told["state_sha256"]
+    undone = [json.loads(line) for line in (copy / "quarantine.jsonl").read_text().splitlines()]
+    assert len(undone) == told["quarantined"]
+    # the version is pinned, so it outlives the journal behind it, and can be returned to again
+    (tmp_path / "more.jsonl").write_text("".join(
+        json.dumps({"prompt": f"then {n}", "completion": f" {n}"}) + "\n" for n in range(12)))
+    assert run(*learn(tmp_path, model=place / "model", samples=tmp_path / "more.jsonl"))[0] == 0
+    code, out, err = run("rollback", "--to", older, "--state", copy)
+    assert (code, err) == (0, []) and out[0].startswith(f"back at version {older}, published as version ")
+    assert run("status", "--state", copy)[0] == 0
+
+
+def one_line(code, out, err, *words, exit_status=1):
+    assert code == exit_status and out == [] and len(err) == 1, (code, out, err)
+    for word in words:
+        assert str(word) in err[0]
+
+
+def test_errors_are_one_line_with_a_remedy(place, copy, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    good = dict(model=place / "model", samples=place / "s.jsonl")
+    one_line(*run(*learn(tmp_path, **good | {"model": tmp_path / "none"})), tmp_path / "none", "give a folder")
+    one_line(*run(*learn(tmp_path, **good | {"model": tmp_path})), "config.json", "give a folder")
+    no_id = ["no-such-org/no-such-model" if w == str(place / "model") else w for w in learn(tmp_path, **good)]
+    one_line(*run(*no_id), "cannot load the model no-such-org/no-such-model", "give a folder")
+    one_line(*run(*learn(tmp_path, "--device", "cuda:99", **good)), "cuda:99", "--device cpu")
+    below_a_file = learn(tmp_path, state=place / "s.jsonl" / "x", **good)
+    one_line(*run(*below_a_file), "s.jsonl/x cannot be used", "choose a folder")
+    one_line(*run(*learn(tmp_path, **good | {"model": place / "other"})), "another base model", place / "model")
+    other_setting = learn(tmp_path, "--set", "warm_tokens=5", **good)
+    one_line(*run(*other_setting), "made with warm_tokens = 4, not 5", "choose another --state")
+    one_line(*run(*learn(tmp_path, "--dtype", "bfloat16", **good)), "made in float32", "leave --dtype out")
+    one_line(*run(*learn(tmp_path, "--set", "lr=fast", state="new", **good)), "lr is 'fast'", "float")
+    one_line(*run(*learn(tmp_path, "--set", "rate=1", state="new", **good)), "unknown setting rate")
+    one_line(*run("rollback", "--to", "77", "--state", copy), "no version 77", "there are")
+    one_line(*run("export", "--state", copy, "--out", tmp_path / "a", "--expert", "who"), "no expert 'who'", "default")
+    one_line(*run("status", "--state", tmp_path / "none"), "no learner state", "learn --state")
+    for command in (["rollback", "--to", "1"], ["export", "--out", tmp_path / "a"]):
+        one_line(*run(*command, "--state", tmp_path / "none"), "no learner state", "learn --state")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "new").exists()
+    lock = StateFolder(copy)
+    one_line(*run(*learn(tmp_path, **good)), "in use", "stop it first")
+    lock.close()
+    # none of it harmed the state
+    assert run(*learn(tmp_path, **good))[0] == 0
+
+
+def test_settings_and_calibration_come_from_files(place, run, tmp_path):
+    (tmp_path / "config.json").write_text('{"lr": 0.01, "warm_samples": 2, "warm_tokens": 4}')
+    (tmp_path / "texts.txt").write_text("some text\n\nmore of it\n")
+    good = dict(model=place / "model", samples=place / "s.jsonl", settings=[])
+    files = ["--config", str(tmp_path / "config.json"), "--calibration", str(tmp_path / "texts.txt")]
+    command = learn(tmp_path, *files, "--set", "rank=4", "--set", "target_modules=[\"q_proj\"]", **good)
+    assert run(*command)[0] == 0
+    meta = StateFolder(tmp_path / "state", readonly=True).load().meta
+    assert (meta["config"]["lr"], meta["config"]["rank"], meta["config"]["target_modules"]) == (0.01, 4, ["q_proj"])
+    assert run(*command)[0] == 0
+
+    new = dict(state="new", **good)
+    (tmp_path / "bad.json").write_text("[1]")
+    one_line(*run(*learn(tmp_path, "--config", str(tmp_path / "bad.json"), **new)), "bad.json", "one object")
+    (tmp_path / "bad.json").write_text("{")
+    one_line(*run(*learn(tmp_path, "--config", str(tmp_path / "bad.json"), **new)), "bad.json is not JSON")
+    (tmp_path / "texts.txt").write_text("\n")
+    one_line(*run(*learn(tmp_path, *files, **new)), "texts.txt holds no text")
+    one_line(*run(*learn(tmp_path, *files, "--set", "warm_start=false", **new)), "warm_start", "drop one")
+
+
+def test_wrong_use_exits_with_2_in_one_line(place, run):
+    for words, what in (
+        (["frob"], "frob"),
+        (["learn", "--samples", place / "s.jsonl"], "Missing option"),
+        (["learn", "--model", "m", "--state", "s", "--samples", place / "none.jsonl"], "none.jsonl"),
+        (["rollback", "--state", place / "state", "--to", "abc"], "--to"),
+        (learn(place, "--set", "lr"), "NAME=VALUE"),
+        (["status", "--state"], "--state"),
+    ):
+        one_line(*run(*words), what, exit_status=2)
+    for words in ([], ["--help"], ["learn", "--help"]):
+        code, out, err = run(*words)
+        assert (code, err) == (0, []) and any("Usage" in line for line in out)
+
+
+def test_a_damaged_folder_is_unhealthy(copy, run):
+    newest = max((copy / "snapshots").glob("snapshot-*"), key=lambda path: int(path.name.split("-")[1].split(".")[0]))
+    data = bytearray((newest / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "state.safetensors").write_bytes(data)
+    code, out, err = run("status", "--state", copy, "--json")
+    status = json.loads(out[0])
+    # the older snapshot and the journal after it still hold everything
+    assert (code, status["healthy"], status["acknowledged"]) == (1, False, 6) and "checksum" in err[0]
+    shutil.rmtree(copy / "snapshots")
+    (copy / "snapshots").mkdir()
+    code, out, err = run("status", "--state", copy, "--json")
+    assert code == 1 and json.loads(out[0])["healthy"] is False and len(err) == 1
+    assert "damaged" in run("rollback", "--state", copy, "--to", "1")[2][0]
+
+
+def test_an_interrupt_is_one_line_and_the_next_run_goes_on(place, run, tmp_path, monkeypatch):
+    good = dict(model=place / "model", samples=place / "s.jsonl")
+    calls = []
+
+    def interrupted(self, result, line):
+        calls.append(line)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.LearnProgress, "update", interrupted)
+        one_line(*run(*learn(tmp_path, **good)), "interrupted", "goes on where it was", exit_status=130)
+    code, out, _ = run(*learn(tmp_path, "--json", **good))
+    assert code == 0
+    expected = json.loads(run("status", "--state", place / "state", "--json")[1][0])
+    assert json.loads(run("status", "--state", tmp_path / "state", "--json")[1][0]) == expected
+
+
+def test_plugins_add_commands_and_broken_ones_are_told(run, monkeypatch):
+    class Point:
+        def __init__(self, name, load):
+            self.name, self.value, self.load = name, f"{name}:register", load
+
+    def register(app):
+        @app.command()
+        def greet(name: str) -> int:
+            """Say hello."""
+            print(f"hello {name}")
+            return 3
+
+    def broken():
+        raise ImportError("no such module")
+
+    points = [Point("good", lambda: register), Point("bad", broken)]
+    monkeypatch.setattr(cli, "entry_points", lambda group: points if group == "ogpstream.commands" else [])
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+    cli._add_plugins.cache_clear()
+    code, out, err = run("greet", "you")
+    cli._add_plugins.cache_clear()
+    assert (code, out) == (3, ["hello you"])
+    assert len(err) == 1 and "bad" in err[0] and "no such module" in err[0]
