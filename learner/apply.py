@@ -115,7 +115,6 @@ class Applier:
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
             updates.append((yield from self._rehearse(count, waiting=record["waiting_only"])))
         self.state.counters.consolidations += 1
-        self.state.counters.consolidated_at = self.state.counters.learned
         losses = [loss for update in updates for loss in update.losses]
         return RehearsalReport(len(updates), self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, sum(u.admitted for u in updates))
@@ -242,7 +241,7 @@ class Applier:
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
         learned = state.counters.learned
-        state.counters = replace(counters, learned=learned, consolidated_at=min(counters.consolidated_at, learned),
+        state.counters = replace(counters, learned=learned,
                                  quarantined=counters.quarantined + counters.learned - learned)
         self.updater.attachment.binding.served = state.store.publish(version + 1)
 

@@ -36,11 +36,10 @@ class LearnerConfig:
 
     # optimizer
     optimizer: Optimizer = "adam"
-    lr: float = 2e-3  # per update; constant after the warmup, since a stream has no end
+    lr: float = 1e-3  # per update; constant after the warmup, since a stream has no end
     betas: tuple[float, float] = (0.9, 0.99)  # 0.99: a second moment of 100 updates follows a stream, 0.999 lags it
     eps: float = 1e-8  # relative to the rms of sqrt(v): some models have gradients of 1e-7
     weight_decay: float = 0.0  # decoupled (AdamW), of A and B
-    product_decay: float = 7e-5  # decoupled, of |scaling A B|^2 / 2: what an expert does to inputs outside P
     warmup: int = 0  # updates of an expert over which lr rises linearly
     total_updates: int | None = None  # given: cosine decay to 0 at this update of an expert
 
@@ -51,6 +50,7 @@ class LearnerConfig:
     basis_share: float = 0.75  # of D_in that P may take: the rest is the room to learn
     novelty: float = 0.3  # share of a sample's dA outside P, and of a candidate direction, above which P grows
     learned_below: float = 0.5  # nats per token under which an updated sample counts as learned
+    learned_share: float = 0.95  # of its tokens that must get over half of the probability for that, too
     settled_below: float = 0.1  # nats per token under which a sample no longer moves the adapter
     directions_per_sample: int = 1  # candidates per linear input and learned sample
     held_rank: int | None = 16  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
@@ -62,6 +62,7 @@ class LearnerConfig:
     warm_share: float = 0.5  # of m, at most, for these directions
     warm_samples: int = 64  # of the model's own, where no calibration text is given
     warm_tokens: int = 96  # tokens each
+    base_anchor: float = 1e-3  # pull on what an expert adds to the base's own inputs, per update; 0 is off
 
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring
@@ -92,10 +93,10 @@ class LearnerConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample", "settled_below",
-                     "product_decay"):
+                     "base_anchor"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
-        for name in ("basis_share", "novelty", "warm_energy", "warm_share"):
+        for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
         if self.held_rank is not None and self.held_rank < 1:
@@ -114,7 +115,7 @@ class LearnerConfig:
     def literal(cls, **changes: Any) -> LearnerConfig:
         """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
         spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", warm_start=False,
-                                    settled_below=0.0, product_decay=0.0, rehearsals=0)
+                                    novelty=0.5, settled_below=0.0, rehearsals=0)
         return cls(**{**spec, **changes})
 
     @classmethod

@@ -317,11 +317,10 @@ class StreamLearner:
             if correction is not None:
                 report = self.learn_one(correction)
         self._steps += steps
-        counters = self.state.counters
         if self._steps >= PERIOD:
             self._steps %= PERIOD
-            if counters.learned > counters.consolidated_at:
-                self.consolidate()
+            # does nothing where every sample of the ring was rehearsed
+            self.consolidate()
         return report
 
     def consolidate(self, updates: int | None = None) -> RehearsalReport:

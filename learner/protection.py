@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.fold import add_to_held, remove
 from ogpstream.memory.basis import ProjectionBasis
@@ -52,6 +53,7 @@ class Protection:
         # told of what each cut of a held part drops: (expert, site, the dropped matrix)
         self.on_cut: Callable[[str, int, Held], None] | None = None
         self.bases: dict[str, ProjectionBasis] = {}
+        self.anchors: dict[str, BaseAnchor] = {}
         if config.guard != "none":
             for site in sites:
                 if site.basis not in self.bases:
@@ -97,8 +99,14 @@ class Protection:
         for key, mask in used.items():
             self.bases[key].record_use(mask)
 
+    def pull_to_base_(self, layout: Layout, factors: Tensor, scaling: float) -> None:
+        """Fade what an expert adds to the base model's own inputs, in place; nothing without a warm start."""
+        if self.config.base_anchor:
+            for key, anchor in self.anchors.items():
+                anchor.pull_(layout, factors, key, scaling=scaling, strength=self.config.base_anchor)
+
     def warm_start(self, covariances: Mapping[str, Tensor]) -> None:
-        """Protect the leading directions of the base's inputs for good.
+        """Protect the leading directions of the base's inputs for good, and anchor the others.
 
         Args:
             covariances: C `[D_in, D_in]` by basis.
@@ -111,6 +119,7 @@ class Protection:
             room = int(self.config.warm_share * self.bases[key].capacity)
             count = min(int((held < self.config.warm_energy).sum()) + 1, room)
             found[key] = vectors[:, :count]
+            self.anchors[key] = BaseAnchor.from_eigen(values, vectors, count)
         self.admit(found, [], fixed=True)
 
     def grow(self, layout: Layout, gradient: Tensor, experts: Sequence[Expert]) -> Growth:
@@ -201,6 +210,10 @@ class Protection:
         meta: dict[str, Any] = {}
         for index, (key, basis) in enumerate(self.bases.items()):
             own, meta[key] = basis.state_dict()
+            if key in self.anchors:
+                anchor = self.anchors[key]
+                own |= {"anchor_rows": anchor.rows, "anchor_weights": anchor.weights}
+                meta[key] = {**meta[key], "anchor_floor": anchor.floor}
             tensors.update({f"{index}.{name}": tensor for name, tensor in own.items()})
         return tensors, meta
 
@@ -218,7 +231,12 @@ class Protection:
         for index, (key, basis) in enumerate(self.bases.items()):
             mark = f"{index}."
             own = {name.removeprefix(mark): t for name, t in tensors.items() if name.startswith(mark)}
-            basis.load_state_dict(own, meta[key])
+            values = dict(meta[key])
+            if "anchor_rows" in own:
+                self.anchors[key] = BaseAnchor(
+                    own.pop("anchor_rows"), own.pop("anchor_weights"), values.pop("anchor_floor")
+                )
+            basis.load_state_dict(own, values)
             basis.check()
 
 

@@ -39,7 +39,6 @@ class Counters:
         updates: of all kinds, those included whose samples were all settled; they number the draws from the ring.
         gradients: gradient evaluations, one for each sample in each update.
         consolidations: calls of `consolidate` that rehearsed something.
-        consolidated_at: `learned` when the last of them ended.
     """
 
     acknowledged: int = 0
@@ -49,7 +48,6 @@ class Counters:
     updates: int = 0
     gradients: int = 0
     consolidations: int = 0
-    consolidated_at: int = 0
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,21 @@ from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.walk import LayerWalk, run_layer
 
 
+class Reading(NamedTuple):
+    """How well a model knows a completion.
+
+    Attributes:
+        loss: mean cross-entropy of its tokens, in nats.
+        certain: share of its tokens that got more than half of the probability, so that greedy decoding gives them.
+    """
+
+    loss: float
+    certain: float
+
+
 def sample_gradient(
     walk: LayerWalk, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
-) -> Generator[str, None, float]:
+) -> Generator[str, None, Reading]:
     """Add dA and dB of one sample to the sink; every layer keeps its graph, so nothing is computed twice.
 
     All units compute with the version that is served when the first one starts.
@@ -33,7 +46,7 @@ def sample_gradient(
         The name of the unit that was just done.
 
     Returns:
-        Mean cross-entropy of the supervised tokens, in nats.
+        How well the completion was known.
     """
     served = binding.current()
     tokens = torch.tensor([list(ids)], device=walk.model.device)
@@ -53,12 +66,15 @@ def sample_gradient(
 
     rows = torch.arange(prompt_length - 1, tokens.shape[1] - 1, device=tokens.device)
     gradient = torch.zeros_like(hidden)
-    loss = 0.0
+    loss, certain = 0.0, 0
     for piece in rows.split(chunk):
         part = hidden[:, piece].requires_grad_()
         with torch.enable_grad(), binding.using(served), _recording(binding, sink):
             logits = walk.head(plan.final(part))
-        total, dlogits = dispatch.cross_entropy(logits[0].detach(), tokens[0, piece + 1])
+        target = tokens[0, piece + 1]
+        total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
+        # dlogits = softmax - onehot: the target's entry is its probability less 1
+        certain += int((dlogits.gather(1, target[:, None]) > -0.5).sum())
         gradient[:, piece] = torch.autograd.grad(logits, part, dlogits[None] / len(rows))[0]
         loss += float(total)
         yield "loss"
@@ -67,7 +83,7 @@ def sample_gradient(
         entry, exit_ = kept.pop()
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
         yield "backward"
-    return loss / len(rows)
+    return Reading(loss / len(rows), certain / len(rows))
 
 
 @contextmanager

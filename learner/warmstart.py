@@ -2,7 +2,8 @@
 
 An empty P protects nothing of the base: perplexity on held-out text doubles and worse. Calibration text, or samples
 drawn from the model, give the covariance C = sum_t x_t x_t.T of every adapted linear's input; its leading
-eigenvectors join P until they hold the wanted share of the input energy tr(C).
+eigenvectors join P until they hold the wanted share of the input energy tr(C), and the
+others become the base anchor.
 """
 
 from __future__ import annotations

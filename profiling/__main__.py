@@ -2,11 +2,12 @@
 
 import typer
 
-from ogpstream.profiling import bench, demo
+from ogpstream.profiling.bench import register as register_bench
+from ogpstream.profiling.demo import register as register_demo
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-demo.register(app)
-bench.register(app)
+register_demo(app)
+register_bench(app)
 
 if __name__ == "__main__":
     app()

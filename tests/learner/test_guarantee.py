@@ -20,6 +20,7 @@ from ogpstream.learner.certificate import DriftMeter, spectral_norm
 from ogpstream.learner.folder import MemoryFolder
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.state import Counters, LearnerState, Position
+from ogpstream.learner.step import Reading
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
@@ -46,7 +47,7 @@ def bare(tiny_model: TinyModel) -> tf.PreTrainedModel:
 
 def _random_gradient(
     walk: object, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
-) -> Generator[str, None, float]:
+) -> Generator[str, None, Reading]:
     """Stands for `sample_gradient`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
     seed, loss = ids
     inputs = torch.Generator().manual_seed(seed)
@@ -59,7 +60,7 @@ def _random_gradient(
     sink.slab[a:] = torch.randn(len(sink.slab) - a, generator=noise)
     sink.slab *= 0.1
     yield "gradient"
-    return list(LOSSES.values())[loss]
+    return Reading(list(LOSSES.values())[loss], certain=1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -351,7 +352,8 @@ def test_a_learner_keeps_its_promise(
     tiny_model: TinyModel, real_gradients: None, scope: Any, held_rank: int | None
 ) -> None:
     config = LearnerConfig(
-        rank=3, lr=0.02, basis_scope=scope, held_rank=held_rank, basis_columns=12, learned_below=4.0, rehearsals=1,
+        rank=3, lr=0.02, basis_scope=scope, held_rank=held_rank, basis_columns=12, learned_below=4.0,
+        learned_share=0.0, rehearsals=1,
         warm_samples=4, warm_tokens=16, warm_energy=0.5, warm_share=0.3,
     )
     learner = StreamLearner(tiny_model("llama"), config=config)

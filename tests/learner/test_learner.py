@@ -16,6 +16,7 @@ from ogpstream.learner import LearnerConfig, Sample, SampleError, StateError, St
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.samples import Refused
+from ogpstream.learner.step import Reading
 from ogpstream.memory.replay import SlotFlag
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -24,7 +25,7 @@ MakeLearner = Callable[..., StreamLearner]
 # small and quick: two linears of two inputs each layer, one layer
 QUICK: dict[str, Any] = dict(
     rank=3, lr=0.02, target_modules=("q_proj", "down_proj"), basis_columns=16, warm_samples=2, warm_tokens=8,
-    warm_share=0.25, learned_below=100.0, settled_below=0.0,
+    warm_share=0.25, learned_below=100.0, learned_share=0.0, settled_below=0.0,
 )
 PROMPT = 4
 
@@ -244,7 +245,12 @@ def test_every_thousand_inference_steps_new_samples_are_consolidated(make: MakeL
     learner.learn_one(_sample(2))
     assert consolidated_after(3 * PERIOD + 7)
     assert learner.state.counters.updates == 3 + 3
-    # a rollback undoes the sample that was consolidated last; one that comes after it is new again
+    # what was rehearsed by hand is not new, what was left over is
+    for seed in (4, 5):
+        learner.learn_one(_sample(seed))
+    learner.consolidate()
+    assert not consolidated_after(PERIOD)
+    # a rollback undoes the samples that were consolidated last; one that comes after it is new again
     learner.rollback(learner.versions()[-1])
     learner.learn_one(_sample(3))
     assert consolidated_after(PERIOD)
@@ -266,7 +272,8 @@ def test_a_sample_trains_its_own_expert_only(make: MakeLearner) -> None:
     assert learner.state.store.expert("other").rank == 5
 
 
-def test_the_least_recently_used_expert_leaves_and_catches_up_when_it_returns(make: MakeLearner) -> None:
+@pytest.mark.parametrize("returns", ["activate", "learn"])
+def test_the_least_recently_used_expert_leaves_and_catches_up_when_it_returns(make: MakeLearner, returns: str) -> None:
     learner = make()
     for name in ("second", "third"):
         learner.add_expert(name)
@@ -284,12 +291,18 @@ def test_the_least_recently_used_expert_leaves_and_catches_up_when_it_returns(ma
     before = [store.expert("default").delta(index) for index in range(2)]
     expert = store.expert("default")
     assert expert.folded != {key: basis.version for key, basis in bases.items()}
-    learner.activate({"default": 1.0})
+    if returns == "activate":
+        learner.activate({"default": 1.0})
+    else:
+        learner.learn_one(_sample(5))
     assert expert.folded == {key: basis.version for key, basis in bases.items()}
-    for key, basis in bases.items():
-        assert float((basis.rows() @ expert.layout.a_block(expert.factors, key)).abs().max()) < 1e-6
-    for index, was in enumerate(before):
-        assert torch.allclose(expert.delta(index), was, rtol=0, atol=1e-6)
+    for index, (was, site) in enumerate(zip(before, learner.attachment.sites, strict=True)):
+        rows = bases[site.shape.basis].rows()
+        assert float((rows @ expert.a(index)).abs().max()) < 1e-6
+        # along P nothing moved, by an update neither; it computed something there
+        assert torch.allclose(rows @ expert.delta(index), rows @ was, rtol=0, atol=1e-6)
+        assert float((rows @ was).abs().max()) > 1e-3
+        assert torch.allclose(expert.delta(index), was, rtol=0, atol=1e-6) == (returns == "activate")
 
 
 def test_gates_scale_what_is_served(make: MakeLearner) -> None:
@@ -367,10 +380,10 @@ def test_an_absurd_loss_commits_nothing(make: MakeLearner, monkeypatch: pytest.M
     learner.learn_one(_sample(0))
     masters, version, columns = _masters(learner), learner.version, learner.state.protection.columns
 
-    def broken(walk: object, binding: object, sink: Any, *args: Any, **kwargs: Any) -> Generator[str, None, float]:
+    def broken(walk: object, binding: object, sink: Any, *args: Any, **kwargs: Any) -> Generator[str, None, Reading]:
         sink.slab += 1.0
         yield "all"
-        return loss
+        return Reading(loss, certain=1.0)
 
     with monkeypatch.context() as patch:
         patch.setattr(update, "sample_gradient", broken)

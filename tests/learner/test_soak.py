@@ -83,8 +83,8 @@ def test_a_long_stream_leaves_memory_disk_and_speed_as_they_were(tiny_model, tin
     result = learn_file(aged, path, group=GROUP, on_progress=look)
     assert (result.samples, result.learned, result.rejected) == (SAMPLES, SAMPLES, 0)
     growth = resident[SAMPLES] / resident[SETTLED] - 1
-    # what is acknowledged since the older of two snapshots, of 0.5 kB each, and these snapshots
-    most = 2 * CONFIG.snapshot_every + GROUP
+    # records of 0.5 kB since the older of two snapshots, in segments that begin in the middle of a group; two snapshots
+    most = 2 * (CONFIG.snapshot_every + GROUP)
     bound = 2 * aged.state_bytes() + 500 * most + 100_000
     assert full(aged) and len(aged.state.ring) == RING
 

@@ -102,7 +102,7 @@ def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> N
     store, walk, ids = _serve(attachment), LayerWalk(model), _ids(1)
     for name, chunk in (("default", 128), ("other", 3)):
         sink = GradientSink(store.expert(name).layout, name, dtype=torch.float64)
-        units, loss = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, PROMPT, chunk=chunk))
+        units, (loss, _) = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, PROMPT, chunk=chunk))
         expected, gradient = _autograd(bare, attachment, store, name, ids, PROMPT)
         assert abs(loss - expected) <= EXACT
         assert float((sink.slab - gradient).abs().max()) <= EXACT * float(gradient.abs().max())
@@ -122,7 +122,7 @@ def test_chunks_of_the_loss_make_no_difference(tiny_model: TinyModel, length: in
     results = []
     for chunk in (1, 2, 7, 128):
         sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
-        _, loss = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, prompt, chunk=chunk))
+        _, (loss, _) = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, prompt, chunk=chunk))
         results.append((loss, sink.slab))
     for loss, slab in results[1:]:
         assert abs(loss - results[0][0]) <= EXACT
@@ -134,7 +134,7 @@ def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel
     bare = copy.deepcopy(model)
     attachment = attach(model, rank=3, target_modules="all-linear")
     store = _serve(attachment)
-    config = LearnerConfig(guard="none", optimizer="sgd", lr=0.5, settled_below=0.0, product_decay=0.0)
+    config = LearnerConfig.literal(guard="none", lr=0.5)
     updater = Updater(attachment, store, Protection(attachment.shapes, config), config)
     lessons = [Lesson(_ids(seed, 6 + seed), PROMPT, again=False) for seed in (1, 2)]
     expected = [_autograd(bare, attachment, store, "other", list(one.ids), PROMPT) for one in lessons]
@@ -151,7 +151,8 @@ def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel
 
 
 def _learner(tiny_model: TinyModel, **changes: Any) -> StreamLearner:
-    values: dict[str, Any] = dict(rank=3, lr=0.02, basis_columns=8, learned_below=6.0, warm_samples=2, warm_tokens=8)
+    values: dict[str, Any] = dict(rank=3, lr=0.02, basis_columns=8, learned_below=6.0, learned_share=0.0,
+                                  warm_samples=2, warm_tokens=8)
     learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(**{**values, **changes}))
     learner.add_expert("other")
     for seed in range(3):
@@ -220,3 +221,24 @@ def test_the_next_sample_finishes_a_dropped_one_first(tiny_model: TinyModel) -> 
     whole.learn_one(_sample(9))
     whole.learn_one(_sample(10))
     assert learner.state_sha256() == whole.state_sha256()
+
+
+def test_what_counts_as_certain_is_what_greedy_decoding_gives(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    attachment = attach(model, rank=3)
+    store, walk, ids = _serve(attachment), LayerWalk(model), _ids(3, 12)
+    with torch.no_grad():
+        chances = model(input_ids=torch.tensor([list(ids)])).logits[0, PROMPT - 1 : -1].softmax(-1)
+    share = float((chances.gather(1, torch.tensor(list(ids[PROMPT:]))[:, None]) > 0.5).double().mean())
+    sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
+    _, reading = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, PROMPT, chunk=5))
+    assert reading.certain == pytest.approx(share)
+    # the model's own greedy continuation, sharpened, is certain
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.mul_(1e3)
+        greedy = list(ids[:PROMPT])
+        for _ in range(4):
+            greedy.append(int(model(input_ids=torch.tensor([greedy])).logits[0, -1].argmax()))
+    _, reading = _exhaust(sample_gradient(walk, attachment.binding, sink, greedy, PROMPT, chunk=5))
+    assert reading.certain == 1.0

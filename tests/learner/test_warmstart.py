@@ -15,7 +15,8 @@ from ogpstream.memory.adapters import AdapterStore
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 
-QUICK: dict[str, Any] = dict(rank=3, lr=0.05, basis_columns=20, warm_samples=4, warm_tokens=12, learned_below=100.0)
+QUICK: dict[str, Any] = dict(rank=3, lr=0.05, basis_columns=20, warm_samples=4, warm_tokens=12, learned_below=100.0,
+                             learned_share=0.0)
 
 
 def _learner(tiny_model: TinyModel, tokenizer: Any = None, calibration: list[str] | None = None, **changes: Any

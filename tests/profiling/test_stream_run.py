@@ -1,0 +1,95 @@
+import json
+from dataclasses import asdict
+
+import pytest
+
+from ogpstream.learner import ConfigError, LearnerConfig, Sample, StreamLearner
+from ogpstream.profiling.stream_run import StreamRun, evaluate, method_config, run_stream
+from ogpstream.profiling.tasks import Task, demo_tasks, folder_tasks, split_tail
+
+EQUAL = LearnerConfig(ring_samples=4, rehearsals=2, warm_samples=2, warm_tokens=8, snapshot_every=3)
+
+
+def _tasks() -> list[Task]:
+    learn = [tuple(Sample(prompt=f"{t}{n}:", completion=f" {t}", id=f"{t}-{n}") for n in range(5)) for t in "ab"]
+    return [Task(t, ("a", "b"), samples, (f"{t}8:",), (t,)) for t, samples in zip("ab", learn, strict=True)]
+
+
+def _learner(tiny_model, tiny_tokenizer, method, **kwargs):
+    return StreamLearner(tiny_model("llama"), tiny_tokenizer, method_config(method, EQUAL), **kwargs)
+
+
+@pytest.mark.parametrize("method", ["ogp", "replay", "sequential"])
+def test_all_methods_make_about_the_same_number_of_gradient_evaluations(tiny_model, tiny_tokenizer, method):
+    learner = _learner(tiny_model, tiny_tokenizer, method)
+    run = run_stream(learner, _tasks(), method, idle=3, equal=EQUAL, every=4)
+    # the ring of the first samples holds fewer than are to be rehearsed with them: 0 and 1
+    missing = 0 if method == "sequential" else 3
+    assert learner.state.counters.gradients == 10 * 3 + 2 * 3 * 2 - missing
+    assert run.learned == 10 and len(run.rows) == 2 and [n for n, _ in run.points] == [4, 8]
+    assert run.rows[-1] == evaluate(learner, _tasks())
+
+
+def test_a_run_goes_on_where_another_process_stopped(tiny_model, tiny_tokenizer, tmp_path):
+    class Stop(Exception):
+        pass
+
+    whole = _learner(tiny_model, tiny_tokenizer, "ogp")
+    want = run_stream(whole, _tasks(), "ogp", idle=3, equal=EQUAL)
+
+    kept: list[str] = []
+
+    def stop(run: StreamRun) -> None:
+        if run.learned == 7:
+            raise Stop
+        # written after every second sample only, as a process that is killed leaves it
+        if run.learned % 2 == 0:
+            kept.append(json.dumps(asdict(run)))
+
+    first = _learner(tiny_model, tiny_tokenizer, "ogp", state_dir=tmp_path / "state")
+    with pytest.raises(Stop):
+        run_stream(first, _tasks(), "ogp", idle=3, equal=EQUAL, on_progress=stop)
+    first.close()
+    second = StreamLearner.load_state(tmp_path / "state", tiny_model("llama"), tiny_tokenizer)
+    got = run_stream(second, _tasks(), "ogp", idle=3, equal=EQUAL, run=StreamRun(**json.loads(kept[-1])))
+    assert got.rows == want.rows and second.state_sha256() == whole.state_sha256()
+    second.close()
+
+
+def test_plain_methods_protect_nothing():
+    for method in ("replay", "sequential"):
+        config = method_config(method, EQUAL, lr=3e-4)
+        assert config.guard == "none" and not config.warm_start and config.lr == 3e-4
+    assert method_config("ogp", EQUAL) == EQUAL
+
+
+def test_the_demo_stream_is_single_samples_of_all_domains():
+    tasks = demo_tasks(0)
+    ids = [sample.id for task in tasks for sample in task.learn]
+    assert len(tasks) >= 4 and len(ids) == len(set(ids)) >= 400
+    assert demo_tasks(0) == tasks and demo_tasks(1) != tasks
+    for task in tasks:
+        assert not {s.prompt for s in task.learn} & set(task.prompts)
+
+
+def test_tuning_splits_test_items_off_the_learning_samples():
+    for whole, cut in zip(demo_tasks(0), split_tail(demo_tasks(0), 30), strict=True):
+        assert cut.prompts == tuple(s.prompt for s in whole.learn[-30:]) and cut.learn == whole.learn[:-30]
+        assert not set(cut.prompts) & set(whole.prompts)
+
+
+def test_a_folder_of_tasks_is_read_in_the_order_of_a_stream(tmp_path):
+    for task in "xy":
+        for split, count in (("train", 6), ("test", 3)):
+            rows = [{"prompt": f"{task}{n}", "completion": f" {task}", "label": task} for n in range(count)]
+            (tmp_path / f"{task}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {"tasks": {t: {"labels": ["x", "y"]} for t in "xy"}, "streams": {"s": ["x", "y"]}}
+    (tmp_path / "tasks.json").write_text(json.dumps(known))
+    assert [t.name for t in folder_tasks(tmp_path, "s", seed=0)] == ["x", "y"]
+    assert [t.name for t in folder_tasks(tmp_path, "s:reversed", seed=0)] == ["y", "x"]
+    (only,) = folder_tasks(tmp_path, "y", seed=3, limit=4)
+    assert sorted(s.prompt for s in only.learn) == ["y0", "y1", "y2", "y3"] and only.answers == ("y",) * 3
+    with pytest.raises(ConfigError, match="no stream 'z'"):
+        folder_tasks(tmp_path, "z", seed=0)
+    with pytest.raises(ConfigError, match="no folder of tasks"):
+        folder_tasks(tmp_path / "missing", "s", seed=0)
