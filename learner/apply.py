@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -143,7 +144,7 @@ class Applier:
             flags = SlotFlag.REHEARSED
             if update.learned[at]:
                 flags |= SlotFlag.LEARNED
-            if update.refusal is None:
+            if math.isfinite(update.losses[at]) and math.isfinite(update.gradient_norms[at]):
                 self.state.ring.mark(slot.slot, flags, loss=update.losses[at],
                                      gradient_norm=update.gradient_norms[at], updates=1)
             else:

@@ -71,8 +71,12 @@ class Updater:
             gradients.append(sink.slab.to(expert.factors.device))
         losses = [reading.loss for reading in readings]
         norms = [float(gradient.norm()) for gradient in gradients]
-        refusal = self._refusal(losses, norms)
-        moving = [g for g, loss in zip(gradients, losses, strict=True) if loss >= config.settled_below]
+        refusals = [self._refusal(loss, norm) for loss, norm in zip(losses, norms, strict=True)]
+        # an old sample that cannot be used any more does not keep a new one from being learned
+        essential = [r for r, lesson in zip(refusals, lessons, strict=True) if not lesson.again] or refusals
+        refusal = essential[0] if all(essential) else None
+        moving = [g for g, loss, r in zip(gradients, losses, refusals, strict=True)
+                  if r is None and loss >= config.settled_below]
         proposal = None
         if refusal is None and moving:
             proposal = self._optimise(expert, sum(moving[1:], start=moving[0].clone()))
@@ -116,16 +120,13 @@ class Updater:
         # answers of four tokens guessed with equal chances have a loss of ln(6) / 4 = 0.45
         return lesson.again and reading.loss < config.learned_below and reading.certain >= config.learned_share
 
-    def _refusal(self, losses: Sequence[float], norms: Sequence[float]) -> str | None:
+    def _refusal(self, loss: float, norm: float) -> str | None:
         # a first loss of 13 to 26 x the running mean is normal where a new domain begins, so only the absurd is
         # refused: twice the loss of guessing among all tokens
         limit = 2.0 * math.log(self._vocabulary)
-        for loss, norm in zip(losses, norms, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                return "the loss or its gradient is not finite"
-            if loss > limit:
-                return f"the loss is {loss:.2f} nats per token, over the limit of {limit:.2f}"
-        return None
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return "the loss or its gradient is not finite"
+        return f"the loss is {loss:.2f} nats per token, over the limit of {limit:.2f}" if loss > limit else None
 
     def _optimise(self, expert: Expert, gradient: Tensor) -> _Proposal:
         """The expert after one step on a gradient slab, which is projected in place."""

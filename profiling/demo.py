@@ -30,8 +30,8 @@ from ogpstream.profiling.demo_worker import Job
 from ogpstream.profiling.stream_run import Method
 from ogpstream.profiling.tasks import demo_tasks
 
-# slots of the ring: a sixth of the stream, so that no learner can keep it all
-RING = 96
+# slots of the ring: a small part of the 600 samples, as for a stream without an end
+RING = 32
 # updates in the idle phase after each domain, two old samples each
 IDLE = 60
 # samples between two points of the curve
@@ -106,18 +106,18 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
 
-    def job(name: str, method: Method, *, saved: bool, adapter: Path | None = None) -> Job:
+    def job(name: str, method: Method, *, saved: bool = False, scored: bool = True, adapter: Path | None = None) -> Job:
         return Job(
-            model, method, config.to_dict(), RATES[method], IDLE, EVERY, threads, str(work / f"{name}.progress.json"),
+            model, method, config.to_dict(), RATES[method], IDLE, EVERY if scored else None, threads, str(work / f"{name}.progress.json"),
             str(work / f"{name}.json"), str(work / f"{name}.state") if saved else None, calibration, held_out,
             None if adapter is None else str(adapter),
         )
 
     jobs = {
         "ours": job("ours", "ogp", saved=True, adapter=out / "adapter"),
-        "ours, not killed": job("steady", "ogp", saved=True),
-        "replay alone": job("replay", "replay", saved=False),
-        "sequential LoRA": job("sequential", "sequential", saved=False),
+        "ours, not killed": job("steady", "ogp", saved=True, scored=False),
+        "replay alone": job("replay", "replay"),
+        "sequential LoRA": job("sequential", "sequential"),
     }
     samples = sum(len(task.learn) for task in demo_tasks(seed))
     columns = (TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),

@@ -41,6 +41,7 @@ class Job:
         calibration: texts for the warm start; None for the model's own samples.
         held_out: texts that retention is measured on.
         adapter: folder for the PEFT export, or None.
+        every: samples between points of the accuracy over the stream; None only learns, without any score.
     """
 
     model: str
@@ -48,7 +49,7 @@ class Job:
     config: dict[str, Any]
     lr: float
     idle: int
-    every: int
+    every: int | None
     threads: int
     progress: str
     result: str
@@ -72,9 +73,8 @@ def work(job: Job) -> None:
     else:
         learner = StreamLearner(model, tokenizer, method_config(job.method, equal, lr=job.lr),
                                 state_dir=job.state_dir, calibration=job.calibration)
-    probe = RetentionProbe(
-        learner.attachment, tokenizer(list(job.held_out), truncation=True, max_length=learner.max_tokens)["input_ids"]
-    )
+    texts = tokenizer(list(job.held_out), truncation=True, max_length=learner.max_tokens)["input_ids"]
+    probe = RetentionProbe(learner.attachment, texts)
     with learner.attachment.binding.using(None):
         before = evaluate(learner, tasks)
     meter = DriftMeter(learner.state.protection, learner.state.store)
@@ -86,7 +86,8 @@ def work(job: Job) -> None:
             _write(job.progress, asdict(run))
 
     _write(job.progress, asdict(run))
-    run = run_stream(learner, tasks, job.method, idle=job.idle, equal=equal, every=job.every, run=run, on_progress=tell)
+    run = run_stream(learner, tasks, job.method, idle=job.idle, equal=equal, every=job.every,
+                     score=job.every is not None, run=run, on_progress=tell)
     drift = meter.drift()
     retention = probe.measure()
     if job.adapter is not None:

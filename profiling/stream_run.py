@@ -65,6 +65,7 @@ def run_stream(
     idle: int,
     equal: LearnerConfig,
     every: int | None = None,
+    score: bool = True,
     run: StreamRun | None = None,
     on_progress: Callable[[StreamRun], Any] = lambda run: None,
 ) -> StreamRun:
@@ -74,6 +75,7 @@ def run_stream(
         idle: updates of `consolidate` after each task, as an idle phase would make them.
         equal: the learner's own configuration, whose gradient evaluations the other methods get too.
         every: samples between points of the accuracy over the stream; None takes none.
+        score: take the accuracies after each task.
         run: of an earlier call on the same state, to go on from.
         on_progress: called after every sample.
     """
@@ -96,7 +98,7 @@ def run_stream(
         # a run that was killed in its idle phase has finished it while loading
         if learner.state.counters.consolidations <= number:
             _rest(learner, task, method, idle, equal)
-        run.rows.append(evaluate(learner, tasks))
+        run.rows.append(evaluate(learner, tasks) if score else [])
         on_progress(run)
     return run
 
