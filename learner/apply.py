@@ -76,7 +76,7 @@ class Applier:
         updates: list[Update] = []
         if self.state.position.done == 0:
             self._make_active(record["expert"])
-            slots = self._draw(record["rehearsals"], expert=record["expert"])
+            slots = self._companions(record["rehearsals"], record["expert"])
             new = Lesson(record["ids"], record["prompt_length"], again=False)
             update = yield from self.updater.run(record["expert"], [new, *map(_lesson, slots)])
             loss, reason = update.losses[0], update.refusal
@@ -91,9 +91,11 @@ class Applier:
             counters.learned += 1
             self._note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
-            slot = ring.add(record["ids"], record["prompt_length"], expert=record["expert"], uid=counters.acknowledged)
-            if slot is not None:
-                ring.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
+            for place in (ring, self.state.waiting):
+                slot = place.add(record["ids"], record["prompt_length"], expert=record["expert"],
+                                 uid=counters.acknowledged)
+                if slot is not None:
+                    place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
             updates.append(update)
             self._commit(gradients=1 + len(slots))
         # rehearsal in the same update takes the place of the replayed sample after every 16th
@@ -122,33 +124,43 @@ class Applier:
 
     def _rehearse(self, count: int, *, waiting: bool) -> Generator[str, None, Update]:
         """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
-        ring = self.state.ring
-        pending = ring.pending() if waiting else []
-        slots = [ring.get(pending[0])] if pending else self._draw(1)
-        slots += self._draw(count - 1, expert=slots[0].expert, exclude=slots[0].slot)
+        unrehearsed = self.state.unrehearsed() if waiting else []
+        slots = unrehearsed[:1] or self._draw(1)
+        slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
         self._make_active(slots[0].expert)
         update = yield from self.updater.run(slots[0].expert, [_lesson(slot) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
         return update
 
-    def _draw(self, count: int, *, expert: str | None = None, exclude: int | None = None) -> list[Slot]:
+    def _companions(self, count: int, expert: str) -> list[Slot]:
+        """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
+        if count == 0:
+            return []
+        waiting = [slot for slot in map(self.state.waiting.get, self.state.waiting.pending()) if slot.expert == expert]
+        slots = waiting[:1]
+        return slots + self._draw(count - len(slots), expert=expert, but=slots)
+
+    def _draw(self, count: int, *, expert: str | None = None, but: Sequence[Slot] = ()) -> list[Slot]:
         # numbered by what is committed, so that an aborted update draws the same samples again
-        ring, number = self.state.ring, 2 * self.state.counters.updates + (exclude is not None)
-        drawn = ring.draw(count, counter=number, expert=expert, exclude=() if exclude is None else (exclude,))
-        return [ring.get(slot) for slot in drawn]
+        ring, number = self.state.ring, 2 * self.state.counters.updates + bool(but)
+        exclude = [slot for slot in (ring.find(other.uid) for other in but) if slot is not None]
+        return [ring.get(slot) for slot in ring.draw(count, counter=number, expert=expert, exclude=exclude)]
 
     def _note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
         """Mark rehearsed samples with what their lessons, from number `first` on, showed."""
-        for at, slot in enumerate(slots, first):
-            flags = SlotFlag.REHEARSED
-            if update.learned[at]:
-                flags |= SlotFlag.LEARNED
+        ring, waiting = self.state.ring, self.state.waiting
+        for at, sample in enumerate(slots, first):
+            waits, slot = waiting.find(sample.uid), ring.find(sample.uid)
+            if waits is not None:
+                waiting.evict(waits)
+            if slot is None:
+                continue
+            flags = SlotFlag.REHEARSED | (SlotFlag.LEARNED if update.learned[at] else SlotFlag(0))
             if math.isfinite(update.losses[at]) and math.isfinite(update.gradient_norms[at]):
-                self.state.ring.mark(slot.slot, flags, loss=update.losses[at],
-                                     gradient_norm=update.gradient_norms[at], updates=1)
+                ring.mark(slot, flags, loss=update.losses[at], gradient_norm=update.gradient_norms[at], updates=1)
             else:
-                self.state.ring.mark(slot.slot, flags)
+                ring.mark(slot, flags)
 
     def _commit(self, *, gradients: int) -> None:
         """One update of the current record is in the state; every so many, it is saved."""

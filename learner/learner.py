@@ -36,6 +36,8 @@ from ogpstream.memory.seen import SeenIds
 DEFAULT_EXPERT = "default"
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000
+# latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
+WAITING = 64
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 
@@ -147,6 +149,7 @@ class StreamLearner:
             Protection(self.attachment.shapes, config),
             ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=self.vocab_size, keep=config.ring_keep,
                        draw=config.ring_draw, seed=config.seed),
+            ReplayRing(WAITING, SLOT_TOKENS, vocab_size=self.vocab_size),
             SeenIds(),
             Counters(),
             Position(),
@@ -329,7 +332,7 @@ class StreamLearner:
         What is learned by then joins P. The idle time of a server is the place for it.
         """
         self.drain()
-        count = len(self.state.ring.pending()) if updates is None else updates
+        count = len(self.state.unrehearsed()) if updates is None else updates
         if not count or not len(self.state.ring):
             return RehearsalReport(0, self.version)
         self._acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])

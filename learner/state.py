@@ -21,7 +21,7 @@ from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
-from ogpstream.memory.replay import ReplayRing
+from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.seen import SeenIds
 
 FORMAT = 1
@@ -60,11 +60,15 @@ class Position:
 
 @dataclass
 class LearnerState:
-    """The parts of a learner that change."""
+    """The parts of a learner that change.
+
+    `waiting` holds the latest samples until their first rehearsal, whatever the ring keeps of them.
+    """
 
     store: AdapterStore
     protection: Protection
     ring: ReplayRing
+    waiting: ReplayRing
     seen: SeenIds
     counters: Counters
     position: Position
@@ -75,7 +79,7 @@ class LearnerState:
         meta: dict[str, Any] = {
             "format": FORMAT, "counters": asdict(self.counters), "position": asdict(self.position)
         }
-        for name, part in (("experts", self.store), ("bases", self.protection), ("ring", self.ring)):
+        for name, part in self._parts().items():
             own, meta[name] = part.state_dict()
             tensors.update({f"{name}.{key}": tensor for key, tensor in own.items()})
         tensors.update({f"seen.{key}": tensor for key, tensor in self.seen.state_dict().items()})
@@ -91,13 +95,21 @@ class LearnerState:
             raise StateError(f"the state has format {meta.get('format')}, this version reads {FORMAT}: "
                              "use the version that wrote it")
         try:
-            for name, part in (("experts", self.store), ("bases", self.protection), ("ring", self.ring)):
+            for name, part in self._parts().items():
                 part.load_state_dict(_under(name, tensors), meta[name])
             self.seen.load_state_dict(_under("seen", tensors))
             self.counters = Counters(**meta["counters"])
             self.position = Position(**meta["position"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state does not fit this learner: {error}") from error
+
+    def _parts(self) -> dict[str, AdapterStore | Protection | ReplayRing]:
+        return {"experts": self.store, "bases": self.protection, "ring": self.ring, "waiting": self.waiting}
+
+    def unrehearsed(self) -> list[Slot]:
+        """Samples at hand that had no update after their first one, oldest first."""
+        found = {ring.get(slot).uid: ring.get(slot) for ring in (self.waiting, self.ring) for slot in ring.pending()}
+        return [found[uid] for uid in sorted(found)]
 
     def sha256(self) -> str:
         """Hash of all of it: equal states, and only these, have the same one."""

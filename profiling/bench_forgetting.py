@@ -107,5 +107,6 @@ def bench_forgetting(
 
 def _line(row: dict[str, Any]) -> str:
     kept = "" if row["crs"] is None else f"  CRS {row['crs']:.3f}  perplexity x{row['ppl_ratio']:.3f}"
-    return (f"{row['method']:<10} seed {row['seed']}  LA {row['la']:.3f}  ACC {row['acc']:.3f}  BWT {row['bwt']:+.3f}"
-            f"{kept}  {row['grad_evals']} gradients  {row['update_ms_p50']:.0f} ms  {row['seconds']:.0f} s")
+    scores = f"LA {row['la']:.3f}  ACC {row['acc']:.3f}  BWT {row['bwt']:+.3f}"
+    cost = f"{row['grad_evals']} gradients  {row['update_ms_p50']:.0f} ms  {row['seconds']:.0f} s"
+    return f"{row['method']:<10} seed {row['seed']}  {scores}{kept}  P {row['basis_columns']}  {cost}"
