@@ -46,7 +46,9 @@ def test_declared_faces():
     project = PROJECT["project"]
     assert project["name"] == "ogp-lora-stream"
     assert project["scripts"] == {"ogpstream": "ogpstream.learner.cli:main"}
-    assert project["entry-points"]["ogpstream.commands"]["demo"] == "ogpstream.profiling.demo:register"
+    assert project["entry-points"]["ogpstream.commands"] == {
+        name: f"ogpstream.profiling.{name}:register" for name in ("demo", "bench")
+    }
 
 
 def test_base_dependencies_and_tested_versions_agree():

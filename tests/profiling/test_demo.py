@@ -1,0 +1,84 @@
+import json
+import sys
+
+import pytest
+
+from ogpstream.learner import LearnerConfig
+from ogpstream.profiling import demo
+from ogpstream.profiling.demo_report import draw, summary, table
+from ogpstream.profiling.demo_worker import Job
+
+TASKS = ["a", "b"]
+FIELDS = {  # what scripts rely on
+    "updates", "update_ms_p50", "acc_before", "acc_after", "acc_after_sequential", "acc_after_replay", "bwt",
+    "bwt_sequential", "bwt_replay", "base_retention", "base_retention_sequential", "resumed_exactly",
+    "guarantee_drift", "held_drift",
+}
+
+
+def _result(after: float, sha: str = "x") -> dict:
+    return {
+        "tasks": TASKS, "before": [0.1, 0.3], "rows": [[0.9, 0.3], [after, 0.7]], "points": [(1, 0.2), (2, after)],
+        "updates": 2, "update_ms_p50": 5.0, "grad_evals": 6, "state_bytes": 10**6, "base_retention": 0.98,
+        "ppl_ratio": 1.02, "guarantee_drift": 1e-8, "held_drift": 0.0, "state_sha256": sha, "basis_columns": 3,
+        "version": 4,
+    }
+
+
+def test_the_summary_has_the_promised_fields_and_formulas():
+    values = summary(_result(0.8), _result(0.8), _result(0.5), _result(0.1))
+    assert set(values) >= FIELDS
+    assert values["acc_before"] == pytest.approx(0.2) and values["acc_after"] == pytest.approx(0.75)
+    assert values["bwt"] == pytest.approx(-0.1) and values["bwt_sequential"] == pytest.approx(-0.8)
+    assert values["la"] == pytest.approx(0.8) and values["resumed_exactly"] is True
+    assert summary(_result(0.8, "y"), _result(0.8), _result(0.5), _result(0.1))["resumed_exactly"] is False
+
+
+def test_the_table_and_the_picture_show_all_three(tmp_path):
+    from rich.console import Console
+
+    values = summary(_result(0.8), _result(0.8), _result(0.5), _result(0.1))
+    console = Console(record=True, width=120, file=open(tmp_path / "null", "w"))
+    console.print(table(values))
+    text = console.export_text()
+    for word in ("ours", "replay alone", "sequential LoRA", "0.750", "-0.100", "yes"):
+        assert word in text
+    draw(values, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
+    tiny_model("llama").save_pretrained(folder / "base")
+    tiny_tokenizer.save_pretrained(folder / "base")
+    config = LearnerConfig(ring_samples=8, rehearsals=1, warm_samples=2, warm_tokens=8, snapshot_every=7)
+    values = dict(
+        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1,
+        progress=str(folder / f"{name}.progress.json"), result=str(folder / f"{name}.json"),
+        state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"], adapter=None,
+    )
+    return Job(**{**values, **changes})
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    from ogpstream.profiling import demo_worker
+
+    calls = []
+    real = demo.subprocess.Popen
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda *a, **k: calls.append(a) or real(*a, **k))
+    shown: list[int] = []
+    killed = demo._run(_job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 300)
+    assert len(calls) == 2 and killed["updates"] == 600 and shown[-1] == 600
+    assert calls[0][0][0] == sys.executable
+    job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"))
+    demo_worker.work(job)
+    steady = json.loads((tmp_path / "steady.json").read_text())
+    assert steady["state_sha256"] == killed["state_sha256"]
+    assert steady["guarantee_drift"] <= 1e-6
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_worker_that_fails_says_why(tiny_model, tiny_tokenizer, tmp_path):
+    job = _job(tiny_model, tiny_tokenizer, tmp_path, "lost", model=str(tmp_path / "missing"))
+    with pytest.raises(demo.WorkerFailed, match="ogp learner failed: .*missing"):
+        demo._run(job, lambda n: None, None)
