@@ -108,7 +108,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
 
     def job(name: str, method: Method, *, saved: bool = False, scored: bool = True, adapter: Path | None = None) -> Job:
         return Job(
-            model, method, config.to_dict(), RATES[method], IDLE, EVERY if scored else None, threads,
+            model, method, config.to_dict(), RATES[method], IDLE, EVERY if scored else None, threads, None,
             str(work / f"{name}.progress.json"), str(work / f"{name}.json"),
             str(work / f"{name}.state") if saved else None, calibration, held_out,
             None if adapter is None else str(adapter),

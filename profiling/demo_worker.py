@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Job:
     Attributes:
         model: folder or hub id.
         config: the learner's settings as JSON values, before the method changes them.
+        samples: of each domain, the first ones of its order; None takes all.
         state_dir: journal and snapshots; None keeps the state in memory.
         calibration: texts for the warm start; None for the model's own samples.
         held_out: texts that retention is measured on.
@@ -51,6 +52,7 @@ class Job:
     idle: int
     every: int | None
     threads: int
+    samples: int | None
     progress: str
     result: str
     state_dir: str | None
@@ -65,7 +67,7 @@ def work(job: Job) -> None:
     model = AutoModelForCausalLM.from_pretrained(job.model)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     equal = LearnerConfig.from_dict(job.config)
-    tasks = demo_tasks(equal.seed)
+    tasks = [replace(task, learn=task.learn[: job.samples]) for task in demo_tasks(equal.seed)]
     run = StreamRun()
     if job.state_dir is not None and Path(job.progress).exists():
         run = StreamRun(**json.loads(Path(job.progress).read_text("utf-8")))

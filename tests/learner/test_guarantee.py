@@ -97,8 +97,8 @@ class Bench:
     def _build(self) -> None:
         self.store = AdapterStore(self.sites, max_active=2)
         self.protection = Protection(self.sites, self.config)
-        self.state = LearnerState(self.store, self.protection, ReplayRing(4, 8, vocab_size=101), SeenIds(),
-                                  Counters(), Position())
+        self.state = LearnerState(self.store, self.protection, ReplayRing(4, 8, vocab_size=101),
+                                  ReplayRing(4, 8, vocab_size=101), SeenIds(), Counters(), Position())
         attachment: Any = SimpleNamespace(model=self.model, binding=Binding())
         self.updater = Updater(attachment, self.store, self.protection, self.config)
         self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {})

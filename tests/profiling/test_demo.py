@@ -52,14 +52,13 @@ def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
     tiny_tokenizer.save_pretrained(folder / "base")
     config = LearnerConfig(ring_samples=8, rehearsals=1, warm_samples=2, warm_tokens=8, snapshot_every=7)
     values = dict(
-        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1,
+        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1, samples=12,
         progress=str(folder / f"{name}.progress.json"), result=str(folder / f"{name}.json"),
         state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"], adapter=None,
     )
     return Job(**{**values, **changes})
 
 
-@pytest.mark.slow
 def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     from ogpstream.profiling import demo_worker
 
@@ -67,8 +66,8 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
     real = demo.subprocess.Popen
     monkeypatch.setattr(demo.subprocess, "Popen", lambda *a, **k: calls.append(a) or real(*a, **k))
     shown: list[int] = []
-    killed = demo._run(_job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 300)
-    assert len(calls) == 2 and killed["updates"] == 600 and shown[-1] == 600
+    killed = demo._run(_job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
+    assert len(calls) == 2 and killed["updates"] == 60 and shown[-1] == 60
     assert calls[0][0][0] == sys.executable
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"))
     demo_worker.work(job)
