@@ -137,6 +137,8 @@ class Applier:
         """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
         if count == 0:
             return []
+        if not self.config.second_look:
+            return self._draw(count, expert=expert)
         waiting = [slot for slot in map(self.state.waiting.get, self.state.waiting.pending()) if slot.expert == expert]
         slots = waiting[:1]
         return slots + self._draw(count - len(slots), expert=expert, but=slots)

@@ -53,7 +53,7 @@ class LearnerConfig:
     learned_share: float = 0.95  # of its tokens that must get over half of the probability for that, too
     settled_below: float = 0.1  # nats per token under which a sample no longer moves the adapter
     directions_per_sample: int = 1  # candidates per linear input and learned sample
-    held_rank: int | None = 16  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
+    held_rank: int | None = 32  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
     use_window: int = 1000  # updates over which the use of a direction is counted
 
     # warm start of P
@@ -70,6 +70,7 @@ class LearnerConfig:
     ring_draw: RingDraw = "uniform"
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
+    second_look: bool = True  # one of them is the sample before, so that each can soon count as learned
     rehearsal_batch: int = 2  # old samples in one update of `consolidate`
 
     # samples

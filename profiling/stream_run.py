@@ -23,7 +23,7 @@ Method = Literal["ogp", "replay", "sequential"]
 def method_config(method: Method, config: LearnerConfig, *, lr: float | None = None) -> LearnerConfig:
     """The configuration of a method, with its own learning rate if given."""
     if method != "ogp":
-        config = replace(config, guard="none", warm_start=False, settled_below=0.0)
+        config = replace(config, guard="none", warm_start=False, settled_below=0.0, second_look=False)
     if method == "sequential":
         config = replace(config, rehearsals=0, replay_every=0)
     return config if lr is None else replace(config, lr=lr)

@@ -54,7 +54,8 @@ def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
     values = dict(
         model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1, samples=12,
         progress=str(folder / f"{name}.progress.json"), result=str(folder / f"{name}.json"),
-        state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"], adapter=None,
+        state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"],
+        adapter=None,
     )
     return Job(**{**values, **changes})
 
