@@ -52,7 +52,8 @@ def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
     tiny_tokenizer.save_pretrained(folder / "base")
     config = LearnerConfig(ring_samples=8, rehearsals=1, warm_samples=2, warm_tokens=8, snapshot_every=7)
     values = dict(
-        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1, samples=12,
+        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1,
+        samples=12,
         progress=str(folder / f"{name}.progress.json"), result=str(folder / f"{name}.json"),
         state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"],
         adapter=None,
