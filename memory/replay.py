@@ -38,7 +38,6 @@ class SlotFlag(IntFlag):
 
     REHEARSED = 1  # it had an update after its first one
     LEARNED = 2  # its loss was below the threshold on a forward after an update
-    PROTECTED = 4  # its directions joined the basis
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def test_the_state_is_small_and_goes_on_exactly() -> None:
     ring = filled(300, capacity=64, keep="reservoir", seed=7)
     for slot in (3, 60, 17):
         ring.evict(slot)
-    ring.mark(5, SlotFlag.PROTECTED, loss=0.1, gradient_norm=1e-9, updates=3)
+    ring.mark(5, SlotFlag.LEARNED, loss=0.1, gradient_norm=1e-9, updates=3)
     tensors, _ = ring.state_dict()
     assert tensors["ids"].shape == (61, 3)
     other = reloaded(ring)
