@@ -35,7 +35,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="ogpstream",
-    help="A language model that learns from corrections while it serves, and forgets nothing it learned before.",
+    help="A language model that learns from corrections while it serves, and protects what it learned before.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

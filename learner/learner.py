@@ -1,4 +1,4 @@
-"""The learner: corrections come in one by one, a frozen model's adapters learn them, and nothing is forgotten.
+"""The learner: corrections come in one by one, a frozen model's adapters learn them, and what was learned is protected.
 
 Whatever changes the state is a record: acknowledged in the journal first, then applied in order. Recovery repeats the
 records after the newest snapshot, so a run that was killed ends in the state of the one that was not.
@@ -22,24 +22,17 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.encoding import Encoded, encode
 from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
-from ogpstream.learner.protection import Protection
 from ogpstream.learner.report import RehearsalReport, SampleReport
 from ogpstream.learner.samples import Refused, Sample
 from ogpstream.learner.sites import attach
-from ogpstream.learner.state import Counters, LearnerState, Position, environment, fingerprint
+from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
 from ogpstream.learner.update import Updater
-from ogpstream.memory.adapters import AdapterStore, UnknownExpert
+from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
-from ogpstream.memory.replay import ReplayRing
-from ogpstream.memory.seen import SeenIds
 
 DEFAULT_EXPERT = "default"
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000
-# latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
-WAITING = 64
-# ids a ring slot holds, prompt and completion together
-SLOT_TOKENS = 1024
 
 Verifier = Callable[[str, str], Sample | None]
 T = TypeVar("T")
@@ -142,18 +135,7 @@ class StreamLearner:
         self.vocab_size: int = text.vocab_size
         positions = getattr(text, "max_position_embeddings", None) or SLOT_TOKENS
         self.max_tokens: int = min(config.max_tokens, positions, SLOT_TOKENS)
-        master = torch.float64 if model.dtype == torch.float64 else torch.float32
-        self.state = LearnerState(
-            AdapterStore(self.attachment.shapes, dtype=master, serve_dtype=model.dtype, device=model.device,
-                         max_active=config.max_active),
-            Protection(self.attachment.shapes, config),
-            ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=self.vocab_size, keep=config.ring_keep,
-                       draw=config.ring_draw, seed=config.seed),
-            ReplayRing(WAITING, SLOT_TOKENS, vocab_size=self.vocab_size),
-            SeenIds(),
-            Counters(),
-            Position(),
-        )
+        self.state = LearnerState.fresh(self.attachment, config)
         self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
@@ -485,17 +467,7 @@ class StreamLearner:
 
     def _warm_start(self, calibration: Sequence[str] | None) -> None:
         """Protect what the base model uses on calibration texts, or on samples of its own."""
-        config = self.config
-        if calibration is None:
-            first = None if self.tokenizer is None else self.tokenizer.bos_token_id
-            texts = warmstart.own_samples(self.attachment, count=config.warm_samples, tokens=config.warm_tokens,
-                                          seed=config.seed, first=first)
-        else:
-            if self.tokenizer is None:
-                raise ConfigError("calibration texts need a tokenizer: give one, or no texts")
-            texts = [ids for text in calibration if (ids := self.tokenizer(text).input_ids[: self.max_tokens])]
-            if not texts:
-                raise ConfigError("the calibration texts hold no token: give longer ones, or none")
+        texts = warmstart.calibration_ids(self.attachment, self.tokenizer, self.config, calibration, self.max_tokens)
         self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))
 
 

@@ -17,14 +17,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
+from ogpstream.learner.sites import Attachment
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.seen import SeenIds
 
 FORMAT = 1
+# ids a ring slot holds, prompt and completion together
+SLOT_TOKENS = 1024
+# latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
+WAITING = 64
 
 
 @dataclass
@@ -72,6 +78,23 @@ class LearnerState:
     seen: SeenIds
     counters: Counters
     position: Position
+
+    @classmethod
+    def fresh(cls, attachment: Attachment, config: LearnerConfig) -> LearnerState:
+        """The empty state of a learner of this model: no expert, nothing protected."""
+        model, shapes = attachment.model, attachment.shapes
+        vocabulary = model.config.get_text_config().vocab_size
+        return cls(
+            AdapterStore(shapes, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
+                         serve_dtype=model.dtype, device=model.device, max_active=config.max_active),
+            Protection(shapes, config),
+            ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=vocabulary, keep=config.ring_keep,
+                       draw=config.ring_draw, seed=config.seed),
+            ReplayRing(WAITING, SLOT_TOKENS, vocab_size=vocabulary),
+            SeenIds(),
+            Counters(),
+            Position(),
+        )
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values); the tensors may be those in use: write or copy them before the next update."""

@@ -12,8 +12,35 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.sites import Attachment
+
+
+def calibration_ids(
+    attachment: Attachment,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: LearnerConfig,
+    texts: Sequence[str] | None,
+    max_tokens: int,
+) -> list[list[int]]:
+    """Token ids of the given texts, or of samples of the base model's own where there are none.
+
+    Raises:
+        ConfigError: texts without a tokenizer, or without a token.
+    """
+    if texts is None:
+        first = None if tokenizer is None else tokenizer.bos_token_id
+        return own_samples(attachment, count=config.warm_samples, tokens=config.warm_tokens, seed=config.seed,
+                           first=first)
+    if tokenizer is None:
+        raise ConfigError("calibration texts need a tokenizer: give one, or no texts")
+    rows = [ids for text in texts if (ids := tokenizer(text).input_ids[:max_tokens])]
+    if not rows:
+        raise ConfigError("the calibration texts hold no token: give longer ones, or none")
+    return rows
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="order of the stream")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")] = False,
 ) -> None:
-    """Learn 600 corrections in five domains one by one, forget nothing, survive a kill, export a PEFT adapter."""
+    """Learn 600 corrections in five domains one by one beside replay and sequential LoRA, survive a kill."""
     console = Console(stderr=True)
     started = time.perf_counter()
     try:
