@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
 
 from ogpstream.learner import LearnerConfig, OgpStreamError
 from ogpstream.profiling.demo_model import base_model, gather_corpus
@@ -61,6 +62,8 @@ def demo(
 ) -> None:
     """Learn 600 corrections in five domains one by one beside replay and sequential LoRA, survive a kill."""
     console = Console(stderr=True)
+    # the bars of loading and saving a small model say nothing
+    transformers_logging.disable_progress_bar()
     started = time.perf_counter()
     try:
         out.mkdir(parents=True, exist_ok=True)
