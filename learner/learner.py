@@ -6,7 +6,6 @@ records after the newest snapshot, so a run that was killed ends in the state of
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -36,7 +35,6 @@ PERIOD = 1000
 
 Verifier = Callable[[str, str], Sample | None]
 T = TypeVar("T")
-_log = logging.getLogger(__name__)
 
 
 class StreamLearner:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,9 +15,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ogpstream.learner import LearnerConfig, RetentionProbe, StreamLearner
+from ogpstream.learner.pretrained import load_pretrained
 from ogpstream.profiling.evaluate import AccuracyMatrix
 from ogpstream.profiling.stream_run import Method, method_config, run_stream
 from ogpstream.profiling.tasks import Task, demo_tasks, folder_tasks, split_tail
@@ -33,8 +32,7 @@ def run_method(
 ) -> dict[str, Any]:
     """One row of the benchmark: a fresh model, one pass, all scores."""
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(model_path)
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model, tokenizer = load_pretrained(model_path)
     learner = StreamLearner(model, tokenizer, method_config(method, config, lr=lr))
     ids = [row[:TEXT_TOKENS] for row in tokenizer(texts, verbose=False)["input_ids"]]
     probe = RetentionProbe(learner.attachment, ids) if texts else None
@@ -91,7 +89,7 @@ def bench_forgetting(
             order = split_tail(order, tune) if tune else order
             config = LearnerConfig.from_dict({"ring_samples": ring, "seed": seed, **settings})
             for method in (m for m in get_args(Method) if m in methods.split(",")):
-                row = run_method(method, model, order, replace(config), lr=rates.get(method), idle=idle,
+                row = run_method(method, model, order, config, lr=rates.get(method), idle=idle,
                                  texts=held_out, progress=progress)
                 rows.append({**row, "stream": stream or "demo"})
                 typer.echo(_line(rows[-1]), err=True)

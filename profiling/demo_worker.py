@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ogpstream.learner import LearnerConfig, RetentionProbe, StreamLearner
 from ogpstream.learner.certificate import DriftMeter
+from ogpstream.learner.pretrained import load_pretrained
 from ogpstream.profiling.stream_run import Method, StreamRun, evaluate, method_config, run_stream
 from ogpstream.profiling.tasks import demo_tasks
 
@@ -64,8 +63,7 @@ class Job:
 def work(job: Job) -> None:
     """Run the job to its end, from where an earlier process left it."""
     torch.set_num_threads(job.threads)
-    model = AutoModelForCausalLM.from_pretrained(job.model)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    model, tokenizer = load_pretrained(job.model)
     equal = LearnerConfig.from_dict(job.config)
     tasks = [replace(task, learn=task.learn[: job.samples]) for task in demo_tasks(equal.seed)]
     run = StreamRun()
@@ -111,6 +109,4 @@ def _write(path: str, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     work(Job(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))
