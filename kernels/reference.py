@@ -12,10 +12,21 @@ import torch
 from torch import Tensor
 
 
+_TILE = 256  # tokens summed at a time: one BLAS call may add its 2000 terms one by one, rounding 8e-7 instead of 3e-7
+
+
 def _wide(*tensors: Tensor | None) -> torch.dtype:
     """The dtype to accumulate in."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
+
+
+def _sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """a.T b of a `[T, m]` and b `[T, n]`, with a rounding that does not grow with T or hang on the BLAS."""
+    out = a[:_TILE].T @ b[:_TILE]
+    for start in range(_TILE, len(a), _TILE):
+        out += a[start : start + _TILE].T @ b[start : start + _TILE]
+    return out
 
 
 def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,8 +78,8 @@ def lora_backward(
     x_wide, g, A, scale = x.to(wide), g.to(wide), A.to(wide), scale.to(wide)
     h = (x_wide @ A) * scale if h is None else h.to(wide)
     Y = (g @ B.to(wide).T) * scale
-    dA = x_wide.T @ Y[:, trained]
-    dB = h[:, trained].T @ g
+    dA = _sum_over_tokens(x_wide, Y[:, trained])
+    dB = _sum_over_tokens(h[:, trained], g)
     dx = Y @ A.T if base_dx is None else torch.addmm(base_dx.to(wide), Y, A.T)
     return dA, dB, dx.to(x.dtype)
 
