@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ogpstream.profiling.evaluate import Trigram, perplexity
+from ogpstream.profiling.muon import Muon
 
 # raise it with every change of this file that changes the model that comes out
 CODE_VERSION = 1
@@ -226,7 +227,7 @@ def train_model(
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     # loss 4.7 after 200 steps of 2048 tokens, where AdamW alone stood at 5.5
     optimizers = [
-        torch.optim.Muon(inner, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay),
+        Muon(inner, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay),
         torch.optim.AdamW(outer, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
