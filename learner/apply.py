@@ -7,7 +7,6 @@ goes on after them when it is applied again.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -15,7 +14,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ogpstream.learner import peft_io
@@ -23,6 +21,7 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
+from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.replay import Slot, SlotFlag
@@ -211,15 +210,10 @@ class Applier:
         """
         store = self.state.store
         layout = store.layout(rank)
-        slab = torch.zeros(layout.numel, dtype=store.dtype)
-        key = hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        for index, site in enumerate(store.sites):
-            # drawn in any case, so that one site's factors do not depend on which others are given
-            start = torch.randn(site.d_in, rank, generator=generator, dtype=store.dtype) / site.d_in**0.5
-            given = None if factors is None else factors[index]
-            layout.a(slab, index).copy_(start if given is None else given[0])
+        slab = fresh_factors(layout, self.config.seed, name, dtype=store.dtype)
+        for index, given in enumerate(factors or []):
             if given is not None:
+                layout.a(slab, index).copy_(given[0])
                 layout.b(slab, index).copy_(given[1])
         self.state.protection.fold(store.create(name, rank, scaling, slab))
 

@@ -18,6 +18,7 @@ from ogpstream.kernels import dispatch
 from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.fold import add_to_held, remove
+from ogpstream.learner.restart import fresh_factors, read_directions
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout, SiteShape
@@ -174,6 +175,29 @@ class Protection:
                      if basis.columns and expert.folded.get(key, -1) != basis.version]
             self._fold(expert, {key: self._live(key) for key in stale})
 
+    def restart(self, expert: Expert, others: Sequence[Expert]) -> Growth:
+        """Fold an expert's plastic factors whole and start them anew outside P; what it computes stays what it was.
+
+        Args:
+            others: active experts, which fold what joins P.
+        """
+        found = read_directions(expert, self.config.restart_directions)
+        growth = self.admit(found, [expert, *others]) if self.config.restart_directions else Growth()
+        layout, old = expert.layout, expert.factors  # as admission has left them
+        every = torch.eye(expert.rank, dtype=old.dtype)
+        change = _HeldChange(expert, self)
+        for site in range(len(layout.sites)):
+            change.add(site, layout.a(old, site), every, layout.b(old, site))
+        factors = fresh_factors(layout, self.config.seed, expert.name, expert.steps, dtype=old.dtype)
+        for key in self.bases:
+            block = layout.a_block(factors, key)
+            block.copy_(remove(block, self._live(key).to(block.dtype))[0])
+        change.commit()
+        expert.factors = factors
+        # the second moment stays: the size of the gradients is that of the samples, not of the factors' history
+        expert.exp_avg = None if expert.exp_avg is None else torch.zeros_like(expert.exp_avg)
+        return growth
+
     def _live(self, key: str) -> Tensor:
         basis = self.bases[key]
         return basis.rows()[basis.live].T
@@ -184,7 +208,7 @@ class Protection:
         layout = expert.layout
         factors = expert.factors.clone()
         moment = None if expert.exp_avg is None else expert.exp_avg.clone()
-        held, discarded, discarded_sq = list(expert.held), list(expert.discarded), list(expert.discarded_sq)
+        change = _HeldChange(expert, self)
         for key, stored in directions.items():
             N = stored.to(factors.dtype)
             block = layout.a_block(factors, key)
@@ -195,14 +219,9 @@ class Protection:
                 block.copy_(remove(block, N)[0])
             for column, site in enumerate(layout.members(key)):
                 own = coefficients[:, column * layout.rank : (column + 1) * layout.rank]
-                held[site], cut = add_to_held(held[site], N, own, layout.b(factors, site), expert.scaling,
-                                              self.config.held_rank)
-                discarded[site] += cut.first
-                discarded_sq[site] += cut.energy
-                if cut.dropped is not None and self.on_cut is not None:
-                    self.on_cut(expert.name, site, cut.dropped)
-        expert.factors, expert.exp_avg, expert.held = factors, moment, held
-        expert.discarded, expert.discarded_sq = discarded, discarded_sq
+                change.add(site, N, own, layout.b(factors, site))
+        change.commit()
+        expert.factors, expert.exp_avg = factors, moment
         expert.folded = {**expert.folded, **{key: self.bases[key].version for key in directions}}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -238,6 +257,29 @@ class Protection:
                 )
             basis.load_state_dict(own, values)
             basis.check()
+
+
+class _HeldChange:
+    """New held parts of an expert and what their cuts drop, none of it the expert's before `commit`."""
+
+    def __init__(self, expert: Expert, protection: Protection) -> None:
+        self._expert, self._protection = expert, protection
+        self._held, self._dropped = list(expert.held), list(expert.discarded)
+        self._dropped_sq = list(expert.discarded_sq)
+
+    def add(self, site: int, directions: Tensor, coefficients: Tensor, B: Tensor) -> None:
+        """Add directions (scaling * coefficients B) to the held part of a site: see `fold.add_to_held`."""
+        expert, protection = self._expert, self._protection
+        self._held[site], cut = add_to_held(self._held[site], directions, coefficients, B, expert.scaling,
+                                            protection.config.held_rank)
+        self._dropped[site] += cut.first
+        self._dropped_sq[site] += cut.energy
+        if cut.dropped is not None and protection.on_cut is not None:
+            protection.on_cut(expert.name, site, cut.dropped)
+
+    def commit(self) -> None:
+        self._expert.held, self._expert.discarded = self._held, self._dropped
+        self._expert.discarded_sq = self._dropped_sq
 
 
 def candidates(gradient: Tensor, at_most: int) -> Tensor:

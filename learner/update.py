@@ -99,6 +99,9 @@ class Updater:
         for gradient, counts in zip(gradients, learned, strict=True):
             if counts:
                 growth += self.protection.grow(expert.layout, gradient, self._active())
+        if proposal is not None and self._restarts(expert):
+            others = [other for other in self._active() if other is not expert]
+            growth += self.protection.restart(expert, others)
         if proposal is not None or growth.admitted:
             self.publish()
         return Update(tuple(losses), tuple(norms), tuple(learned), None,
@@ -110,6 +113,12 @@ class Updater:
 
     def _active(self) -> list[Expert]:
         return [self.store.expert(name) for name in self.store.active]
+
+    def _restarts(self, expert: Expert) -> bool:
+        config = self.config
+        # a held part of a lower rank could not take an imported adapter in whole
+        fits = config.held_rank is None or expert.rank <= config.held_rank
+        return self.protection.folds and fits and bool(config.restart_every) and not expert.steps % config.restart_every
 
     def _is_learned(self, lesson: Lesson, reading: Reading) -> bool:
         config = self.config

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,12 +164,13 @@ class Setting:
     held_rank: int | None = None
     guard: str = "fold"
     columns: int = 6
+    restart_every: int = 0
 
     def config(self) -> LearnerConfig:
         return LearnerConfig(
             optimizer=self.optimizer, lr=self.lr, weight_decay=self.weight_decay,  # type: ignore[arg-type]
             held_rank=self.held_rank, guard=self.guard, basis_columns=self.columns,  # type: ignore[arg-type]
-            directions_per_sample=2, use_window=10, warm_start=False,
+            directions_per_sample=2, use_window=10, warm_start=False, restart_every=self.restart_every,
         )
 
 
@@ -194,12 +195,16 @@ def _run(bench: Bench, story: Sequence[tuple[Any, ...]]) -> None:
 
 
 @settings(max_examples=12)
-@given(story=events, bases=st.sampled_from([LAYER, SHARED]), held_rank=st.sampled_from([None, 2]))
+@given(
+    story=events, bases=st.sampled_from([LAYER, SHARED]), held_rank=st.sampled_from([None, 2, 4]),
+    restart_every=st.sampled_from([0, 3]),
+)
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_protected_outputs_do_not_move(
-    bare: tf.PreTrainedModel, setting: Setting, story: list[Any], bases: dict[str, str], held_rank: int | None
+    bare: tf.PreTrainedModel, setting: Setting, story: list[Any], bases: dict[str, str], held_rank: int | None,
+    restart_every: int,
 ) -> None:
-    bench = Bench(bare, Setting(setting.optimizer, setting.lr, setting.weight_decay, held_rank).config(), bases)
+    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_every=restart_every).config(), bases)
     _run(bench, story)
     assert bench.worst <= LIMIT
 
@@ -220,14 +225,15 @@ def _long_story() -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("held_rank", "bases"), [(None, LAYER), (None, SHARED), (2, LAYER)], ids=["layer", "shared", "layer, cut"]
+    ("held_rank", "bases", "restart_every"),
+    [(None, LAYER, 0), (None, SHARED, 0), (2, LAYER, 0), (None, LAYER, 7), (4, SHARED, 7)],
+    ids=["layer", "shared", "layer, cut", "layer, restarts", "shared, restarts, cut"],
 )
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_a_long_story_with_everything_in_it(
-    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str]
+    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str], restart_every: int
 ) -> None:
-    config = Setting(setting.optimizer, setting.lr, setting.weight_decay, held_rank).config()
-    bench = Bench(bare, config, bases)
+    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_every=restart_every).config(), bases)
     seen: dict[str, int] = {"admitted": 0, "replaced": 0, "late": 0}
     for event, *arguments in _long_story():
         versions = {key: basis.version for key, basis in bench.protection.bases.items()}
@@ -274,9 +280,14 @@ def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Updater, "_optimise", early)
 
 
+def _restart_anywhere(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Protection, "_live", lambda self, key, real=Protection._live: 0.0 * real(self, key))
+
+
 @pytest.mark.parametrize(
-    "fault", [_take_out_the_fold, _take_out_the_late_fold, _project_before_the_optimizer, None],
-    ids=["no fold", "no late fold", "projection before Adam", "only dA is projected"],
+    "fault",
+    [_take_out_the_fold, _take_out_the_late_fold, _project_before_the_optimizer, _restart_anywhere, None],
+    ids=["no fold", "no late fold", "projection before Adam", "restart inside P", "only dA is projected"],
 )
 def test_a_planted_fault_is_seen(
     bare: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None] | None
@@ -284,7 +295,8 @@ def test_a_planted_fault_is_seen(
     """This file's own checker and the published meter both see it."""
     if fault is not None:
         fault(monkeypatch)
-    setting = Setting(guard="gradient" if fault is None else "fold", columns=16)
+    setting = Setting(guard="gradient" if fault is None else "fold", columns=16,
+                      restart_every=5 if fault is _restart_anywhere else 0)
     bench = Bench(bare, setting.config(), LAYER)
     meter = DriftMeter(bench.protection, bench.store)
     for event in _long_story():

@@ -1,0 +1,53 @@
+"""The restart: an expert's plastic factors are folded whole into its held part, and start anew at right angles to P.
+
+Between restarts the columns of A turn towards the inputs of what was learned, so every later move of B is felt by those
+inputs too, as far as they lie outside P. A fresh A reads them no more than any others, and B = 0 moves nothing. As in
+ReLoRA (Lialin et al. 2023, arXiv:2307.05695) the function stays what it was; here the product goes to the held part,
+and the directions that it read most join P first, which is what keeps the subspaces of tasks apart in O-LoRA (Wang et
+al. 2023, arXiv:2310.14152), without knowing tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from ogpstream.memory.experts import Expert
+from ogpstream.memory.layout import Layout
+
+
+def fresh_factors(layout: Layout, *keys: object, dtype: torch.dtype) -> Tensor:
+    """Flat slab of an expert that computes nothing yet: A is N(0, 1/D_in), drawn from the keys alone, and B is 0."""
+    slab = torch.zeros(layout.numel, dtype=dtype)
+    digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    for index, site in enumerate(layout.sites):
+        start = torch.randn(site.d_in, layout.rank, generator=generator, dtype=dtype)
+        layout.a(slab, index).copy_(start / site.d_in**0.5)
+    return slab
+
+
+def read_directions(expert: Expert, at_most: int) -> dict[str, Tensor]:
+    """By basis, the input directions that an expert's plastic factors read most: leading left singular vectors of A B.
+
+    Of all linears of one input together, through a matrix as wide as their ranks: A_i = Q R_i, so that the left
+    singular vectors of [A_1 B_1, A_2 B_2, ...] are Q times those of [R_1 B_1, R_2 B_2, ...].
+
+    Returns:
+        Unit columns `[D_in, <= at_most]`, fewer where the product has a smaller rank.
+    """
+    layout = expert.layout
+    found = {}
+    for key in layout.bases:
+        left, right = torch.linalg.qr(layout.a_block(expert.factors, key).double())
+        gram = torch.zeros(len(right), len(right), dtype=torch.float64)
+        for place, site in enumerate(layout.members(key)):
+            own = right[:, place * layout.rank : (place + 1) * layout.rank] @ layout.b(expert.factors, site).double()
+            gram += own @ own.T
+        values, vectors = torch.linalg.eigh(gram)
+        # under 1e-6 of the largest energy, 1e-3 in size, a direction is the rounding of the others
+        count = min(at_most, int((values > 1e-6 * values[-1]).sum()) if float(values[-1]) > 0 else 0)
+        found[key] = left @ vectors[:, len(right) - count :].flip(1)
+    return found

@@ -1,0 +1,113 @@
+"""The restart of an expert: the function stays, what was read most is protected, the new factors start outside P."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ogpstream.learner import LearnerConfig
+from ogpstream.learner.protection import Protection
+from ogpstream.learner.restart import fresh_factors, read_directions
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.experts import Expert
+from ogpstream.memory.layout import Layout, SiteShape
+
+# two linears of one input and one of another
+SITES = (SiteShape("q", 40, 24, "x"), SiteShape("k", 40, 9, "x"), SiteShape("down", 30, 40, "z"))
+
+
+def trained(config: LearnerConfig, *names: str, rank: int = 4) -> tuple[Protection, list[Expert]]:
+    """Experts with random factors outside the few directions that are protected."""
+    protection, store = Protection(SITES, config), AdapterStore(SITES)
+    generator = torch.Generator().manual_seed(0)
+    first = {key: torch.linalg.qr(torch.randn(width, 5, generator=generator))[0] for key, width in (("x", 40), ("z", 30))}
+    protection.admit(first, [])
+    experts = []
+    for number, name in enumerate(names):
+        slab = torch.randn(store.layout(rank).numel, generator=torch.Generator().manual_seed(number))
+        expert = store.create(name, rank, 2.0, slab)
+        expert.exp_avg, expert.exp_avg_sq, expert.steps = slab.clone(), slab.square(), 7
+        protection.fold(expert)
+        experts.append(expert)
+    return protection, experts
+
+
+def functions(expert: Expert) -> list[Tensor]:
+    return [expert.delta(index).double() for index in range(len(SITES))]
+
+
+def span(protection: Protection, key: str) -> Tensor:
+    basis = protection.bases[key]
+    rows: Tensor = basis.rows()[basis.live]
+    return rows.T
+
+
+def test_fresh_factors_follow_from_the_keys_alone() -> None:
+    layout = Layout((SiteShape("w", 400, 50, "w"),), 8)
+    slab = fresh_factors(layout, 0, "a", 3, dtype=torch.float32)
+    assert torch.equal(slab, fresh_factors(layout, 0, "a", 3, dtype=torch.float32))
+    assert not torch.equal(slab, fresh_factors(layout, 0, "a", 4, dtype=torch.float32))
+    assert not layout.b(slab, 0).any()
+    # N(0, 1/400): the standard deviation of 3200 draws is known to 2 %
+    assert float(layout.a(slab, 0).std()) == pytest.approx(1 / 20, rel=0.06)
+
+
+@pytest.mark.parametrize("at_most", [1, 3, 30])
+def test_read_directions_are_the_singular_vectors_of_the_whole_product(at_most: int) -> None:
+    _, (expert,) = trained(LearnerConfig(), "e")
+    found = read_directions(expert, at_most)
+    for key, members in (("x", (0, 1)), ("z", (2,))):
+        product = torch.cat([expert.a(i).double() @ expert.b(i).double() for i in members], 1)
+        u, s, _ = torch.linalg.svd(product)
+        count = min(at_most, int((s > 1e-3 * s[0]).sum()))
+        assert found[key].shape[1] == count
+        assert (found[key] @ found[key].T - u[:, :count] @ u[:, :count].T).norm() < 1e-10
+
+
+def test_an_expert_that_computes_nothing_reads_nothing() -> None:
+    _, (expert,) = trained(LearnerConfig(), "e")
+    expert.factors = fresh_factors(expert.layout, 0, dtype=torch.float32)
+    assert {key: tuple(u.shape) for key, u in read_directions(expert, 2).items()} == {"x": (40, 0), "z": (30, 0)}
+
+
+@pytest.mark.parametrize("directions", [0, 2])
+def test_a_restart_keeps_the_function_and_frees_the_factors(directions: int) -> None:
+    config = LearnerConfig(held_rank=None, restart_directions=directions, basis_columns=16)
+    protection, (expert, other) = trained(config, "e", "other")
+    before, beside = functions(expert), functions(other)
+    read = read_directions(expert, 2)
+    growth = protection.restart(expert, [other])
+    assert growth.admitted == 2 * directions
+    for was, now in zip([*before, *beside], [*functions(expert), *functions(other)], strict=True):
+        assert (now - was).norm() < 1e-6 * was.norm()
+    for key in ("x", "z"):
+        P = span(protection, key)
+        outside = read[key].float() - P @ (P.T @ read[key].float())
+        assert bool(outside.norm() < 1e-5) == bool(directions)
+        for one in (expert, other):
+            block = one.layout.a_block(one.factors, key)
+            assert (P.T @ block).norm() < 1e-6 * block.norm()
+        # the new columns are as long as those of a new expert, less what lies in P
+        assert 0.5 < float(expert.layout.a_block(expert.factors, key).norm(dim=0).mean()) < 1.2
+    assert not any(expert.b(index).any() for index in range(len(SITES)))
+    assert expert.exp_avg is not None and not expert.exp_avg.any()
+    assert expert.exp_avg_sq is not None and expert.exp_avg_sq.any() and expert.steps == 7
+    assert other.exp_avg is not None and other.exp_avg.any()
+
+
+def test_what_the_cut_drops_at_a_restart_is_reported() -> None:
+    config = LearnerConfig(held_rank=5, basis_columns=16)
+    protection, (expert,) = trained(config, "e")
+    for index in range(len(SITES)):
+        # other rows than those that the first fold held, so that both together have rank 8
+        expert.b(index).copy_(torch.randn(expert.b(index).shape, generator=torch.Generator().manual_seed(index)))
+    cuts: list[int] = []
+    protection.on_cut = lambda name, site, dropped: cuts.append(site)
+    before, booked = functions(expert), list(expert.discarded)
+    protection.restart(expert, [])
+    for index, (was, now) in enumerate(zip(before, functions(expert), strict=True)):
+        lost = expert.discarded[index] - booked[index]
+        assert expert.held[index].rank == 5
+        assert 0 < float(torch.linalg.matrix_norm(now - was, 2)) <= lost * (1 + 1e-5)
+    assert set(cuts) == {0, 1, 2}
