@@ -55,13 +55,14 @@ class Binding:
     """The version that the adapted linears of one model compute with.
 
     Replace `served` by one assignment. A forward of the whole model keeps the version it started with; for
-    one version over several forwards (a generation with its cache), pin it by `using`. `sink` receives the
-    gradients of the forwards that recorded them while it was set.
+    one version over several forwards (a generation with its cache), pin it by `using`. `sinks` receive the
+    gradients of the forwards that recorded them while they were set: one of the whole forward, or one for each row
+    of its batch.
     """
 
     def __init__(self, served: Served | None = None) -> None:
         self.served = served
-        self.sink: GradientSink | None = None
+        self.sinks: tuple[GradientSink, ...] = ()
 
     def current(self) -> Served | None:
         """The version for this thread and moment; None is the bare base model."""

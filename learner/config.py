@@ -78,6 +78,7 @@ class LearnerConfig:
     # samples
     max_tokens: int = 1024  # T, also bounded by the model's positions; prompts are cut from the left
     append_eos: bool = False  # end token after a plain-text completion
+    shared_tokens: int = 256  # padded tokens up to which the samples of one update share a forward; 0 never
     loss_chunk: int = 128  # supervised rows whose logits exist at once
 
     # durability
@@ -96,7 +97,7 @@ class LearnerConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample", "settled_below",
-                     "base_anchor", "restart_every", "restart_directions"):
+                     "base_anchor", "restart_every", "restart_directions", "shared_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share"):

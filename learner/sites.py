@@ -63,7 +63,7 @@ class AdaptedLinear(LoraLinear):
         if pack is None or pack.A.shape[1] == 0:
             result: Tensor = self.base_layer(x)
         elif torch.is_grad_enabled() and x.requires_grad:
-            result = _Adapted.apply(x, self, pack, self.binding.sink)
+            result = _Adapted.apply(x, self, pack, self.binding.sinks)
         else:
             result, _ = self.adapt(x, pack)
         return result
@@ -85,33 +85,35 @@ class _Adapted(torch.autograd.Function):
     """Keeps x itself (no wider copy) and the narrow h between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: AdaptedLinear, pack: Pack, sink: GradientSink | None) -> Tensor:
-        if sink is not None and sink.trained not in pack.trained:
-            raise StateError(f"expert {sink.trained!r} is not in the served version: activate it to train it")
+    def forward(ctx: Any, x: Tensor, site: AdaptedLinear, pack: Pack, sinks: tuple[GradientSink, ...]) -> Tensor:
+        for sink in sinks:
+            if sink.trained not in pack.trained:
+                raise StateError(f"expert {sink.trained!r} is not in the served version: activate it to train it")
         y, h = site.adapt(x, pack)
-        ctx.save_for_backward(x, *() if sink is None else (h,))
-        ctx.site, ctx.pack, ctx.sink = site, pack, sink
+        ctx.save_for_backward(x, *((h,) if sinks else ()))
+        ctx.site, ctx.pack, ctx.sinks = site, pack, sinks
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x, *h), site, pack, sink = ctx.saved_tensors, ctx.site, ctx.pack, ctx.sink
+        (x, *h), site, pack, sinks = ctx.saved_tensors, ctx.site, ctx.pack, ctx.sinks
         g = grad.reshape(-1, grad.shape[-1])
-        dA, dB, dx = dispatch.lora_backward(
-            x.reshape(-1, x.shape[-1]),
-            g,
-            pack.A,
-            pack.B,
-            pack.scale,
+        rows = x.reshape(-1, x.shape[-1])
+        base_dx = site.base_input_gradient(g)
+        if not sinks:
             # no trained column: the products for dA and dB are empty
-            trained=slice(0, 0) if sink is None else pack.trained[sink.trained],
-            h=h[0] if h else None,
-            base_dx=site.base_input_gradient(g),
-        )
-        if sink is not None:
+            _, _, dx = dispatch.lora_backward(rows, g, pack.A, pack.B, pack.scale, trained=slice(0, 0), base_dx=base_dx)
+            return dx.view(x.shape), None, None, None
+        parts = []
+        # the rows of each sample of the batch lie together
+        for number, sink in enumerate(sinks):
+            own = slice(number * len(rows) // len(sinks), (number + 1) * len(rows) // len(sinks))
+            dA, dB, dx = dispatch.lora_backward(rows[own], g[own], pack.A, pack.B, pack.scale,
+                                                trained=pack.trained[sink.trained], h=h[0][own], base_dx=base_dx[own])
             sink.add(site.index, dA, dB)
-        return dx.view(x.shape), None, None, None
+            parts.append(dx)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape), None, None, None
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,16 @@ class Site:
 
 @dataclass
 class Attachment:
-    """What `attach` put into a model. `target_modules` select exactly these sites in a model of its kind."""
+    """What `attach` put into a model. `target_modules` select exactly these sites in a model of its kind.
+
+    `batches` says that every site sees the samples of a batch apart, as `[batch, tokens, D_in]`; routed experts do not.
+    """
 
     model: PreTrainedModel
     binding: Binding
     sites: list[Site]
     target_modules: list[str]
+    batches: bool
     _before: _Before = field(repr=False)
     _hooks: tuple[RemovableHandle, ...] = field(repr=False)
 
@@ -185,9 +191,8 @@ def attach(
                     "lower the rank or choose other target_modules"
                 )
         model.eval()
-        if basis_scope == "layer":
-            keys = _input_groups(model, adapted, binding)
-        else:
+        keys, batches = _input_groups(model, adapted, binding)
+        if basis_scope == "shared":
             keys = [f"d{module.in_features}" for module in adapted.values()]
     except BaseException:
         before.restore(model)
@@ -196,7 +201,7 @@ def attach(
         Site(module.index, name, module, SiteShape(name, module.in_features, module.out_features, key))
         for (name, module), key in zip(adapted.items(), keys, strict=True)
     ]
-    return Attachment(model, binding, sites, _targets(model, adapted), before, binding.pin_forwards(model))
+    return Attachment(model, binding, sites, _targets(model, adapted), batches, before, binding.pin_forwards(model))
 
 
 class _Before:
@@ -259,8 +264,11 @@ def _targets(model: nn.Module, adapted: dict[str, AdaptedLinear]) -> list[str]:
 
 
 @torch.no_grad()
-def _input_groups(model: PreTrainedModel, adapted: dict[str, AdaptedLinear], binding: Binding) -> list[str]:
-    """For each linear, the name of the first one that reads the same tensor in a forward of two tokens."""
+def _input_groups(
+    model: PreTrainedModel, adapted: dict[str, AdaptedLinear], binding: Binding
+) -> tuple[list[str], bool]:
+    """For each linear, the name of the first one that reads the same tensor in a forward of two rows of two tokens,
+    and whether all of them were given both rows."""
     # the tensors are kept, so that no two objects share an id
     inputs: dict[str, list[Tensor]] = {name: [] for name in adapted}
     hooks = [
@@ -269,7 +277,7 @@ def _input_groups(model: PreTrainedModel, adapted: dict[str, AdaptedLinear], bin
     ]
     try:
         with binding.using(None):
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            model(input_ids=torch.zeros(2, 2, dtype=torch.long, device=model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -279,4 +287,5 @@ def _input_groups(model: PreTrainedModel, adapted: dict[str, AdaptedLinear], bin
         group = tuple(id(tensor) for tensor in seen)
         # a linear that was not reached (an expert that was not routed to) stays alone
         keys.append(first.setdefault(group, name) if group else name)
-    return keys
+    whole = all(seen and all(t.dim() == 3 and t.shape[:2] == (2, 2) for t in seen) for seen in inputs.values())
+    return keys, whole

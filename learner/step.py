@@ -1,4 +1,4 @@
-"""The gradient of one sample as a generator: it stops after every unit, so that a server can take the device back.
+"""The gradients of samples as a generator: it stops after every unit, so that a server can take the device back.
 
 Units: the layer inputs, each decoder layer's forward, each chunk of the cross-entropy, each layer's backward. Nothing
 of the learner's state changes here; a generator that is dropped half-way leaves nothing behind.
@@ -30,26 +30,29 @@ class Reading(NamedTuple):
     certain: float
 
 
-def sample_gradient(
-    walk: LayerWalk, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
-) -> Generator[str, None, Reading]:
-    """Add dA and dB of one sample to the sink; every layer keeps its graph, so nothing is computed twice.
+def sample_gradients(
+    walk: LayerWalk, binding: Binding, sinks: Sequence[GradientSink], samples: Sequence[tuple[Sequence[int], int]], *,
+    chunk: int,
+) -> Generator[str, None, list[Reading]]:
+    """Add dA and dB of each sample to its sink; every layer keeps its graph, so nothing is computed twice.
 
-    All units compute with the version that is served when the first one starts.
+    All units compute with the version that is served when the first one starts. Several samples share the forwards,
+    padded on the right, where no real token of a causal model sees it.
 
     Args:
-        ids: prompt and completion, T in all; the completion's tokens are supervised.
-        prompt_length: at least 1.
+        sinks: one for each sample.
+        samples: ids of prompt and completion, and the prompt's length, at least 1; the completion is supervised.
         chunk: supervised rows whose logits exist at once.
 
     Yields:
         The name of the unit that was just done.
 
     Returns:
-        How well the completion was known.
+        How well each completion was known.
     """
     served = binding.current()
-    tokens = torch.tensor([list(ids)], device=walk.model.device)
+    longest = max(len(ids) for ids, _ in samples)
+    tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in samples], device=walk.model.device)
     with binding.using(served):
         plan = walk.plan(tokens)
     yield "plan"
@@ -58,42 +61,46 @@ def sample_gradient(
     kept: list[tuple[Tensor, Tensor]] = []
     for call in plan.calls:
         entry = hidden.detach().requires_grad_()
-        with torch.enable_grad(), binding.using(served), _recording(binding, sink):
+        with torch.enable_grad(), binding.using(served), _recording(binding, sinks):
             exit_ = run_layer(call, entry)
         kept.append((entry, exit_))
         hidden = exit_.detach()
         yield "forward"
 
-    rows = torch.arange(prompt_length - 1, tokens.shape[1] - 1, device=tokens.device)
     gradient = torch.zeros_like(hidden)
-    loss, certain = 0.0, 0
-    for piece in rows.split(chunk):
-        part = hidden[:, piece].requires_grad_()
-        with torch.enable_grad(), binding.using(served), _recording(binding, sink):
-            logits = walk.head(plan.final(part))
-        target = tokens[0, piece + 1]
-        total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
-        # dlogits = softmax - onehot: the target's entry is its probability less 1
-        certain += int((dlogits.gather(1, target[:, None]) > -0.5).sum())
-        gradient[:, piece] = torch.autograd.grad(logits, part, dlogits[None] / len(rows))[0]
-        loss += float(total)
-        yield "loss"
+    readings = []
+    for number, (ids, prompt_length) in enumerate(samples):
+        own = slice(number, number + 1)
+        rows = torch.arange(prompt_length - 1, len(ids) - 1, device=tokens.device)
+        loss, certain = 0.0, 0
+        for piece in rows.split(chunk):
+            part = hidden[own, piece].requires_grad_()
+            with torch.enable_grad(), binding.using(served), _recording(binding, sinks[own]):
+                logits = walk.head(plan.final(part))
+            target = tokens[number, piece + 1]
+            total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
+            # dlogits = softmax - onehot: the target's entry is its probability less 1
+            certain += int((dlogits.gather(1, target[:, None]) > -0.5).sum())
+            gradient[own, piece] = torch.autograd.grad(logits, part, dlogits[None] / len(rows))[0]
+            loss += float(total)
+            yield "loss"
+        readings.append(Reading(loss / len(rows), certain / len(rows)))
 
     for _ in plan.calls:
         entry, exit_ = kept.pop()
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
         yield "backward"
-    return Reading(loss / len(rows), certain / len(rows))
+    return readings
 
 
 @contextmanager
-def _recording(binding: Binding, sink: GradientSink) -> Iterator[None]:
-    """Set the sink for the forward of one unit, never across a pause."""
-    binding.sink = sink
+def _recording(binding: Binding, sinks: Sequence[GradientSink]) -> Iterator[None]:
+    """Set the sinks for the forward of one unit, never across a pause."""
+    binding.sinks = tuple(sinks)
     try:
         yield
     finally:
-        binding.sink = None
+        binding.sinks = ()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.protection import Growth, Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
-from ogpstream.learner.step import Reading, sample_gradient
+from ogpstream.learner.step import Reading, sample_gradients
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
@@ -63,12 +63,13 @@ class Updater:
         config, expert = self.config, self.store.expert(name)
         readings: list[Reading] = []
         gradients: list[Tensor] = []
-        for lesson in lessons:
-            sink = GradientSink(expert.layout, name, dtype=expert.factors.dtype, device=self.attachment.model.device)
-            work = sample_gradient(self.walk, self.attachment.binding, sink, lesson.ids, lesson.prompt_length,
-                                   chunk=config.loss_chunk)
-            readings.append((yield from work))
-            gradients.append(sink.slab.to(expert.factors.device))
+        for group in self._groups(lessons):
+            sinks = [GradientSink(expert.layout, name, dtype=expert.factors.dtype, device=self.attachment.model.device)
+                     for _ in group]
+            samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
+            work = sample_gradients(self.walk, self.attachment.binding, sinks, samples, chunk=config.loss_chunk)
+            readings += yield from work
+            gradients += [sink.slab.to(expert.factors.device) for sink in sinks]
         losses = [reading.loss for reading in readings]
         norms = [float(gradient.norm()) for gradient in gradients]
         refusals = [self._refusal(loss, norm) for loss, norm in zip(losses, norms, strict=True)]
@@ -106,6 +107,17 @@ class Updater:
             self.publish()
         return Update(tuple(losses), tuple(norms), tuple(learned), None,
                       growth.admitted, growth.replaced, growth.pruned)
+
+    def _groups(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
+        """The lessons in order, those together that may share a forward."""
+        groups: list[list[Lesson]] = []
+        for lesson in lessons:
+            group = [*groups[-1], lesson] if groups and self.attachment.batches else [lesson]
+            if len(group) > 1 and len(group) * max(len(one.ids) for one in group) <= self.config.shared_tokens:
+                groups[-1] = group
+            else:
+                groups.append([lesson])
+        return groups
 
     def publish(self) -> None:
         """Serve the masters as they are now: one assignment, seen by all linears at once."""

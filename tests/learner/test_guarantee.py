@@ -45,11 +45,12 @@ def bare(tiny_model: TinyModel) -> tf.PreTrainedModel:
     return tiny_model("llama")
 
 
-def _random_gradient(
-    walk: object, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
-) -> Generator[str, None, Reading]:
-    """Stands for `sample_gradient`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
-    seed, loss = ids
+def _random_gradients(
+    walk: object, binding: Binding, sinks: Sequence[GradientSink], samples: Sequence[tuple[Sequence[int], int]], *,
+    chunk: int,
+) -> Generator[str, None, list[Reading]]:
+    """Stands for `sample_gradients`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
+    (sink,), (((seed, loss), _),) = sinks, samples
     inputs = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(1000 + 7 * seed + loss)
     for key in sink.layout.bases:
@@ -60,7 +61,7 @@ def _random_gradient(
     sink.slab[a:] = torch.randn(len(sink.slab) - a, generator=noise)
     sink.slab *= 0.1
     yield "gradient"
-    return Reading(list(LOSSES.values())[loss], certain=1.0)
+    return [Reading(list(LOSSES.values())[loss], certain=1.0)]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def made_up_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "sample_gradient", _random_gradient)
+        patch.setattr(update, "sample_gradients", _random_gradients)
         yield
 
 

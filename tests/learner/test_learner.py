@@ -380,13 +380,16 @@ def test_an_absurd_loss_commits_nothing(make: MakeLearner, monkeypatch: pytest.M
     learner.learn_one(_sample(0))
     masters, version, columns = _masters(learner), learner.version, learner.state.protection.columns
 
-    def broken(walk: object, binding: object, sink: Any, *args: Any, **kwargs: Any) -> Generator[str, None, Reading]:
-        sink.slab += 1.0
+    def broken(
+        walk: object, binding: object, sinks: Any, samples: Any, **kwargs: Any
+    ) -> Generator[str, None, list[Reading]]:
+        for sink in sinks:
+            sink.slab += 1.0
         yield "all"
-        return Reading(loss, certain=1.0)
+        return [Reading(loss, certain=1.0) for _ in samples]
 
     with monkeypatch.context() as patch:
-        patch.setattr(update, "sample_gradient", broken)
+        patch.setattr(update, "sample_gradients", broken)
         report = learner.learn_one(_sample(1))
     assert report.status == "rejected" and report.reason is not None
     assert (learner.version, learner.state.protection.columns, len(learner.state.ring)) == (version, columns, 1)

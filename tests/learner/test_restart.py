@@ -21,7 +21,8 @@ def trained(config: LearnerConfig, *names: str, rank: int = 4) -> tuple[Protecti
     """Experts with random factors outside the few directions that are protected."""
     protection, store = Protection(SITES, config), AdapterStore(SITES)
     generator = torch.Generator().manual_seed(0)
-    first = {key: torch.linalg.qr(torch.randn(width, 5, generator=generator))[0] for key, width in (("x", 40), ("z", 30))}
+    widths = {"x": 40, "z": 30}
+    first = {key: torch.linalg.qr(torch.randn(d, 5, generator=generator))[0] for key, d in widths.items()}
     protection.admit(first, [])
     experts = []
     for number, name in enumerate(names):

@@ -137,7 +137,8 @@ def _check_gradients(model: tf.PreTrainedModel, bare: tf.PreTrainedModel, attach
     store = _serve(attachment)
     layout = store.layout(3)
     plain, leaf = _plain(bare, attachment, store)
-    sink = attachment.binding.sink = GradientSink(layout, "default", dtype=torch.float64)
+    sink = GradientSink(layout, "default", dtype=torch.float64)
+    attachment.binding.sinks = (sink,)
     embedded = bare.get_input_embeddings()(_ids()).detach()
     ours, theirs = embedded.clone().requires_grad_(), embedded.clone().requires_grad_()
     logits, reference = model(inputs_embeds=ours).logits, plain(inputs_embeds=theirs).logits
@@ -176,7 +177,8 @@ def linear(llama: tf.PreTrainedModel) -> Iterator[tuple[AdaptedLinear, Attachmen
 
 def test_gradients_are_added(linear: tuple[AdaptedLinear, Attachment, AdapterStore]) -> None:
     module, attachment, store = linear
-    sink = attachment.binding.sink = GradientSink(store.layout(3), "default", dtype=torch.float64)
+    sink = GradientSink(store.layout(3), "default", dtype=torch.float64)
+    attachment.binding.sinks = (sink,)
     x = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
     module(x).sum().backward()
     once = sink.slab.clone()
@@ -210,7 +212,8 @@ def test_narrow_model_keeps_its_dtype(llama: tf.PreTrainedModel) -> None:
     store.create("default", 3, 1.0, torch.ones(store.layout(3).numel))
     store.activate("default")
     attachment.binding.served = store.publish()
-    sink = attachment.binding.sink = GradientSink(store.layout(3), "default")
+    sink = GradientSink(store.layout(3), "default")
+    attachment.binding.sinks = (sink,)
     x = torch.randn(4, 48, dtype=torch.bfloat16, requires_grad=True)
     saved: list[Tensor] = []
 
@@ -232,7 +235,7 @@ def test_an_expert_that_is_not_served_cannot_be_trained(
     linear: tuple[AdaptedLinear, Attachment, AdapterStore],
 ) -> None:
     module, attachment, store = linear
-    attachment.binding.sink = GradientSink(store.layout(3), "absent", dtype=torch.float64)
+    attachment.binding.sinks = (GradientSink(store.layout(3), "absent", dtype=torch.float64),)
     with pytest.raises(StateError, match="'absent' is not in the served version"):
         module(torch.randn(2, 48, dtype=torch.float64, requires_grad=True))
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.sites import Attachment, GradientSink, attach
-from ogpstream.learner.step import sample_gradient, sample_loss
+from ogpstream.learner.step import sample_gradients, sample_loss
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
@@ -102,7 +102,9 @@ def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> N
     store, walk, ids = _serve(attachment), LayerWalk(model), _ids(1)
     for name, chunk in (("default", 128), ("other", 3)):
         sink = GradientSink(store.expert(name).layout, name, dtype=torch.float64)
-        units, (loss, _) = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, PROMPT, chunk=chunk))
+        units, ((loss, _),) = _exhaust(
+            sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=chunk)
+        )
         expected, gradient = _autograd(bare, attachment, store, name, ids, PROMPT)
         assert abs(loss - expected) <= EXACT
         assert float((sink.slab - gradient).abs().max()) <= EXACT * float(gradient.abs().max())
@@ -111,7 +113,41 @@ def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> N
         chunks = -(-(len(ids) - PROMPT) // chunk)
         assert units == ["plan", *["forward"] * 2, *["loss"] * chunks, *["backward"] * 2]
         assert sample_loss(walk, ids, PROMPT) == pytest.approx(expected, abs=EXACT)
-    assert attachment.binding.sink is None
+    assert attachment.binding.sinks == ()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gpt2"])
+def test_samples_that_share_a_forward_have_their_own_gradients(tiny_model: TinyModel, family: str) -> None:
+    attachment = attach(tiny_model(family, dtype=torch.float64), rank=3, target_modules="all-linear")
+    assert attachment.batches
+    store, walk = _serve(attachment), LayerWalk(attachment.model)
+    samples = [(_ids(1, 11), PROMPT), (_ids(2, 6), 5), (_ids(3, 9), 1)]
+    layout = store.expert("default").layout
+
+    def run(part: list[tuple[list[int], int]]) -> tuple[list[str], list[tuple[float, Tensor]]]:
+        sinks = [GradientSink(layout, "default", dtype=torch.float64) for _ in part]
+        units, readings = _exhaust(sample_gradients(walk, attachment.binding, sinks, part, chunk=4))
+        return units, [(reading.loss, sink.slab) for reading, sink in zip(readings, sinks, strict=True)]
+
+    units, together = run(samples)
+    assert units.count("forward") == units.count("backward") == 2
+    for sample, (loss, slab) in zip(samples, together, strict=True):
+        _, ((alone, expected),) = run([sample])
+        assert abs(loss - alone) <= EXACT
+        assert float((slab - expected).abs().max()) <= EXACT * float(expected.abs().max())
+
+
+def test_lessons_share_a_forward_as_long_as_they_are_short(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, warm_start=False, shared_tokens=24))
+    lessons = [Lesson(_ids(seed, length), PROMPT, again=False) for seed, length in enumerate((8, 8, 8, 9, 11, 30, 5))]
+    lengths = [[len(one.ids) for one in group] for group in learner._updater._groups(lessons)]
+    assert lengths == [[8, 8, 8], [9, 11], [30], [5]]
+    # the linears of routed experts see tokens of all samples mixed
+    monkeypatch.setattr(learner.attachment, "batches", False)
+    assert [len(group) for group in learner._updater._groups(lessons)] == [1] * 7
+    learner.close()
 
 
 @pytest.mark.parametrize(("length", "prompt"), [(2, 1), (9, 8), (9, 1)])
@@ -122,7 +158,9 @@ def test_chunks_of_the_loss_make_no_difference(tiny_model: TinyModel, length: in
     results = []
     for chunk in (1, 2, 7, 128):
         sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
-        _, (loss, _) = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, prompt, chunk=chunk))
+        _, ((loss, _),) = _exhaust(
+            sample_gradients(walk, attachment.binding, [sink], [(ids, prompt)], chunk=chunk)
+        )
         results.append((loss, sink.slab))
     for loss, slab in results[1:]:
         assert abs(loss - results[0][0]) <= EXACT
@@ -231,7 +269,7 @@ def test_what_counts_as_certain_is_what_greedy_decoding_gives(tiny_model: TinyMo
         chances = model(input_ids=torch.tensor([list(ids)])).logits[0, PROMPT - 1 : -1].softmax(-1)
     share = float((chances.gather(1, torch.tensor(list(ids[PROMPT:]))[:, None]) > 0.5).double().mean())
     sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
-    _, reading = _exhaust(sample_gradient(walk, attachment.binding, sink, ids, PROMPT, chunk=5))
+    _, (reading,) = _exhaust(sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=5))
     assert reading.certain == pytest.approx(share)
     # the model's own greedy continuation, sharpened, is certain
     with torch.no_grad():
@@ -240,5 +278,5 @@ def test_what_counts_as_certain_is_what_greedy_decoding_gives(tiny_model: TinyMo
         greedy = list(ids[:PROMPT])
         for _ in range(4):
             greedy.append(int(model(input_ids=torch.tensor([greedy])).logits[0, -1].argmax()))
-    _, reading = _exhaust(sample_gradient(walk, attachment.binding, sink, greedy, PROMPT, chunk=5))
+    _, (reading,) = _exhaust(sample_gradients(walk, attachment.binding, [sink], [(greedy, PROMPT)], chunk=5))
     assert reading.certain == 1.0
