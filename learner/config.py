@@ -36,7 +36,7 @@ class LearnerConfig:
 
     # optimizer
     optimizer: Optimizer = "adam"
-    lr: float = 1e-3  # per update; constant after the warmup, since a stream has no end
+    lr: float = 2e-3  # per update; constant after the warmup, since a stream has no end
     betas: tuple[float, float] = (0.9, 0.99)  # 0.99: a second moment of 100 updates follows a stream, 0.999 lags it
     eps: float = 1e-8  # relative to the rms of sqrt(v): some models have gradients of 1e-7
     weight_decay: float = 0.0  # decoupled (AdamW), of A and B
@@ -64,7 +64,7 @@ class LearnerConfig:
     warm_share: float = 0.5  # of m, at most, for these directions
     warm_samples: int = 64  # of the model's own, where no calibration text is given
     warm_tokens: int = 96  # tokens each
-    base_anchor: float = 1e-3  # pull on what an expert adds to the base's own inputs, per update; 0 is off
+    base_anchor: float = 1e-2  # pull on what an expert adds to the base's own inputs, per update; 0 is off
 
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring

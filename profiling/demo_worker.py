@@ -73,10 +73,13 @@ def work(job: Job) -> None:
     else:
         learner = StreamLearner(model, tokenizer, method_config(job.method, equal, lr=job.lr),
                                 state_dir=job.state_dir, calibration=job.calibration)
-    texts = tokenizer(list(job.held_out), truncation=True, max_length=learner.max_tokens)["input_ids"]
-    probe = RetentionProbe(learner.attachment, texts)
-    with learner.attachment.binding.using(None):
-        before = evaluate(learner, tasks)
+    scored = job.every is not None
+    before: list[float] = []
+    if scored:
+        texts = tokenizer(list(job.held_out), truncation=True, max_length=learner.max_tokens)["input_ids"]
+        probe = RetentionProbe(learner.attachment, texts)
+        with learner.attachment.binding.using(None):
+            before = evaluate(learner, tasks)
     meter = DriftMeter(learner.state.protection, learner.state.store)
 
     def tell(run: StreamRun) -> None:
@@ -87,15 +90,16 @@ def work(job: Job) -> None:
 
     _write(job.progress, asdict(run))
     run = run_stream(learner, tasks, job.method, idle=job.idle, equal=equal, every=job.every,
-                     score=job.every is not None, run=run, on_progress=tell)
+                     score=scored, run=run, on_progress=tell)
     drift = meter.drift()
-    retention = probe.measure()
+    retention = probe.measure() if scored else None
     if job.adapter is not None:
         learner.export_peft(job.adapter)
     _write(job.result, {
         "tasks": [task.name for task in tasks], "before": before, "rows": run.rows, "points": run.points,
         "updates": run.learned, "update_ms_p50": run.update_ms_p50, "grad_evals": learner.state.counters.gradients,
-        "state_bytes": learner.state_bytes(), "base_retention": retention.crs, "ppl_ratio": retention.ppl_ratio,
+        "state_bytes": learner.state_bytes(),
+        "base_retention": retention and retention.crs, "ppl_ratio": retention and retention.ppl_ratio,
         "guarantee_drift": drift.guarantee, "held_drift": drift.held, "state_sha256": learner.state_sha256(),
         "basis_columns": learner.state.protection.columns, "version": learner.version,
     })
