@@ -11,7 +11,6 @@ ones among them, M rows of a basis, K columns projected against it, n supervised
 import torch
 from torch import Tensor
 
-
 _TILE = 256  # tokens summed at a time: one BLAS call may add its 2000 terms one by one, rounding 8e-7 instead of 3e-7
 
 
