@@ -79,7 +79,7 @@ class Compiled:
     def __str__(self) -> str:
         name = f"{self.case.launch.name} {self.case.label}"
         numbers = f"{self.registers:4} registers {self.stack:4} stack {self.shared:7} shared"
-        return f"sm_{self.arch} {name:42} {numbers}  {'; '.join(self.faults) or 'ok'}"
+        return f"sm_{self.arch} {name:50} {numbers}  {'; '.join(self.faults) or 'ok'}"
 
 
 def cases(arch: int) -> list[Case]:
@@ -97,10 +97,13 @@ def cases(arch: int) -> list[Case]:
             for D_in, D_out, R, trained, T in _LORA[:1] if dtype == torch.float16 else _LORA:
                 x, g = torch.empty(T, D_in, dtype=dtype), torch.empty(T, D_out, dtype=dtype)
                 A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
+                label = f"{str(dtype)[6:]} R{R}"
                 with record_launches() as record:
                     _, h = lora_forward(x, A, B, torch.empty(R))
+                add(f"forward {label}", products, record)
+                with record_launches() as record:
                     lora_backward(x, g, A, B, torch.empty(R), trained=trained, h=h, base_dx=x)
-                add(f"{str(dtype)[6:]} R{R} r{trained.stop - trained.start}", products, record)
+                add(f"backward {label} r{trained.stop - trained.start}", products, record)
             with record_launches() as record:
                 cross_entropy(torch.empty(128, 32000, dtype=dtype), torch.empty(128, dtype=torch.int64))
             add(str(dtype)[6:], {}, record)
@@ -111,12 +114,14 @@ def cases(arch: int) -> list[Case]:
             step_(w, parts, Adam(m, v, 1, 1e-4, (0.9, 0.99), 1e-8), first=n // 2, serving=serving, serve_from=n // 2)
         add("4 parts", {}, record)
         products = dict.fromkeys(("coefficients_kernel", "removal_kernel"), "float32")
-        for label, chunk in (("streamed", 32), ("resident", 256)):
+        for chunk in (32, 256):
             Z, copy = torch.empty(2048, 512), torch.empty(2048, 512, dtype=torch.bfloat16)
             with record_launches() as record:
                 project_out_(Z, torch.empty(chunk, 2048), chunk=chunk, weights=torch.empty(chunk), serving=copy)
-            add(label, products, record)
-    unique = {(case.launch.name, repr(_source(case.launch)[1:])): case for case in found}
+            add(f"{chunk} directions", products, record)
+    unique: dict[tuple[str, str], Case] = {}
+    for case in found:
+        unique.setdefault((case.launch.name, repr(_source(case.launch)[1:])), case)
     return list(unique.values())
 
 

@@ -40,10 +40,11 @@ class Lora:
     gradient: Tile
 
 
-# 1024 of D and 512 of T for one program: at T = 1024, D = 2048 that is 128 and 192 programs for 132 SMs.
-_HALF = Lora(shrink=Tile(32, 128, steps=8, stages=3), expand=Tile(64, 64), gradient=Tile(64, 64, steps=8, stages=3))
+# 1024 of D and 512 of T for one program: at T = 1024, D = 2048 that is 128 and 192 programs for 132 SMs. Four warps
+# spill in `gradient` on sm_86 at 64 trained columns, and so does a third stage.
+_HALF = Lora(shrink=Tile(32, 128, steps=8, stages=3), expand=Tile(32, 64), gradient=Tile(64, 64, steps=8, warps=8))
 # float32 sums one term after the other: 512 of D or 256 of T at most, so that the rounding stays at 4e-7 at any size
-_SINGLE = Lora(shrink=Tile(16, 32, steps=16), expand=Tile(32, 32), gradient=Tile(32, 32, steps=8))
+_SINGLE = Lora(shrink=Tile(16, 32, steps=16), expand=Tile(32, 32), gradient=Tile(16, 32, steps=16))
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class Config:
     single: Lora = _SINGLE
     # the projection is float32 throughout; `tokens` are columns of Z there. 512 of D are summed in one program
     coefficients: Tile = Tile(16, 32, steps=16)
-    removal: Tile = Tile(16, 64)
+    removal: Tile = Tile(16, 64, stages=1)  # 55 registers; 246 with two stages
     elements: int = 1024  # of a flat tensor, by one program of an optimizer
     vocabulary: int = 4096  # logits of one row held at a time
-    max_rank_block: int = 64  # columns of R, and trained columns, held at a time
+    rank_block: int = 32  # columns of R held at a time; 64 spill in `gradient`
 
     def lora(self, dtype: torch.dtype) -> Lora:
         """Tiles for inputs of this dtype."""

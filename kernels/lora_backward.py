@@ -209,7 +209,7 @@ def _tiles(x: Tensor) -> Lora:
 
 def _rank_block(x: Tensor, R: int) -> int:
     # 16: the K of the smallest product that tensor cores do; the interpreter would accept less
-    return min(config_for(x.device).max_rank_block, power_of_two(R, least=16))
+    return min(config_for(x.device).rank_block, power_of_two(R, least=16))
 
 
 def _blocks(n: int, size: int) -> int:
