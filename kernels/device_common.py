@@ -31,9 +31,12 @@ def operand(v, dtype: tl.constexpr):
     The interpreter multiplies bf16 as bit patterns and sums fp16 in fp16, so there the values are rounded as on a GPU
     but held in float32.
     """
-    v = narrow(v, dtype)
-    if INTERPRET:
-        v = v.to(tl.float32)
+    if not INTERPRET:
+        v = v.to(dtype)
+    elif dtype == tl.bfloat16:
+        v = _nearest_bf16(v.to(tl.float32))
+    else:
+        v = v.to(dtype).to(tl.float32)
     return v
 
 

@@ -23,13 +23,15 @@ def cross_entropy_kernel(
         total = total * tl.exp(top - higher) + tl.exp(z - higher)
         top = higher
     peak = tl.max(top, 0)
-    log_total = peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
+    total = tl.sum(total * tl.exp(top - peak), 0)
     wanted = tl.load(target + row)
     # an id outside the vocabulary gives a loss that no guard lets through
     known = (wanted >= 0) & (wanted < V)
-    tl.store(loss + row, log_total - tl.load(source + wanted, mask=known, other=float("nan")).to(tl.float32))
+    z = tl.load(source + wanted, mask=known, other=float("nan")).to(tl.float32)
+    # everything relative to the peak: of logits around 1e4 their sum with log(total) would keep 3 decimals
+    tl.store(loss + row, tl.log(total) - (z - peak))
     for step in range(STEPS):
         v = step * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(source + v, mask=v < V, other=-float("inf")).to(tl.float32)
-        gradient = tl.exp(z - log_total) - tl.where(v == wanted, 1.0, 0.0)
+        gradient = tl.exp(z - peak) / total - tl.where(v == wanted, 1.0, 0.0)
         tl.store(dlogits + row * V + v, narrow(gradient, dlogits.dtype.element_ty), mask=v < V)

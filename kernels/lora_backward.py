@@ -108,12 +108,14 @@ def lora_backward_parts(
     tile, rank_block = _tiles(x).gradient, _rank_block(x, rank)
     blocks_in, blocks_out = _blocks(D_in, tile.width), _blocks(D_out, tile.width)
     blocks = 2 * blocks_in + blocks_out if rank else blocks_in
+    # no more steps than a short sample has, in powers of two: four kernels serve all lengths
+    steps = min(tile.steps, power_of_two(_blocks(T, tile.tokens)))
     launch(
         gradient_kernel, (blocks, splits, max(1, _blocks(rank, rank_block))), x,
         x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start,
         x.stride(0), g.stride(0), *A.stride(), 0 if base_dx is None else base_dx.stride(0), dx.stride(0),
         dA.stride(0), dA.stride(1), dB.stride(0), dB.stride(1),
-        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=tile.steps,
+        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=steps,
         BT=tile.tokens, BD=tile.width, BR=_rank_block(x, R), BK=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -131,10 +131,13 @@ def update_(
     Raises:
         ValueError: something does not fit; the message names it.
     """
+    # all of it before the first launch: after that the masters change
     end = slab.storage_offset()
     for number, block in enumerate(blocks):
         fits = block.A.is_contiguous() and block.A.storage_offset() == end
         require(fits, f"block {number} does not begin where the one before ends: give all blocks of A in their order")
+        width, D_in = block.rows.shape[-1], block.A.shape[0]
+        require(width == D_in, f"block {number}: its basis has width {width}, its A {D_in}")
         end += block.A.numel()
     stream = stream_of(blocks, slab.device) if stream is None else stream
     numel_A = sum(block.A.numel() for block in blocks)
