@@ -83,7 +83,13 @@ class Compiled:
 
 
 def cases(arch: int) -> list[Case]:
-    """Every kernel with every set of tiles that a card of this architecture gets."""
+    """Every kernel with every set of tiles that a card of this architecture gets.
+
+    Raises:
+        RuntimeError: the process has the kernels for the interpreter.
+    """
+    if INTERPRETED:
+        raise RuntimeError("the kernels were imported for the interpreter: start without TRITON_INTERPRET")
     found: list[Case] = []
 
     def add(label: str, products: dict[str, Literal["half", "float32"]], record: Iterable[Launch]) -> None:
@@ -127,8 +133,6 @@ def cases(arch: int) -> list[Case]:
 
 def compile_case(case: Case, arch: int) -> Compiled:
     """Compile one launch for an architecture, 80 for sm_80."""
-    if INTERPRETED:
-        raise RuntimeError("the kernels were imported for the interpreter: start without TRITON_INTERPRET")
     kernel, signature, constants, attributes = _source(case.launch)
     options = {k: v for k, v in case.launch.options.items() if k not in kernel.arg_names}
     source = ASTSource(kernel, signature, constants, attributes)

@@ -27,9 +27,9 @@ def cross_entropy_kernel(
     wanted = tl.load(target + row)
     # an id outside the vocabulary gives a loss that no guard lets through
     known = (wanted >= 0) & (wanted < V)
-    z = tl.load(source + wanted, mask=known, other=float("nan")).to(tl.float32)
+    own = tl.load(source + wanted, mask=known, other=float("nan")).to(tl.float32)
     # everything relative to the peak: of logits around 1e4 their sum with log(total) would keep 3 decimals
-    tl.store(loss + row, tl.log(total) - (z - peak))
+    tl.store(loss + row, tl.log(total) - (own - peak))
     for step in range(STEPS):
         v = step * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(source + v, mask=v < V, other=-float("inf")).to(tl.float32)

@@ -116,7 +116,7 @@ def step_(
         adam_kernel, (sum(blocks),), w,
         w, rule.exp_avg, rule.exp_avg_sq, sums, serving, numel, first, blocks[0], programs[0], sum(programs),
         serve_from, float(rule.lr), decay, float(rule.eps), 1.0 - beta1**rule.step, 1.0 - beta2**rule.step,
-        SUMS=power_of_two(max(programs)), BLOCK=block,
+        SUMS=_SUMS, BLOCK=block,
     )  # fmt: skip
     written(w, rule.exp_avg, rule.exp_avg_sq, serving)
 

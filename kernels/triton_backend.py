@@ -15,6 +15,7 @@ from ogpstream.kernels import cross_entropy as _cross_entropy
 from ogpstream.kernels import lora_backward as _lora
 from ogpstream.kernels import projection as _projection
 from ogpstream.kernels.dispatch import Backend
+from ogpstream.kernels.launch import power_of_two
 from ogpstream.kernels.optimizer import adam_, sgd_
 
 
@@ -62,50 +63,41 @@ def warm_up(
     dtype: torch.dtype,
     device: torch.device,
     tokens: int = 1024,
+    blocks: Iterable[tuple[int, int]] = (),
+    numels: Iterable[int] = (),
     vocabulary: int | None = None,
 ) -> None:
-    """Compile every kernel that updates of a model will need, so that none is compiled inside an update.
+    """Launch every kernel that updates of a model will need once, so that none is compiled inside an update.
 
-    One call at start, seconds for each new shape; Triton keeps the results on disk. Samples of all lengths up to
-    `tokens` share their kernels.
+    One call at start; Triton keeps what it compiled on disk. Samples of all lengths up to `tokens` share a few kernels.
 
     Args:
         shapes: (D_in, D_out, R, trained) of the adapted linears.
-        dtype: of x and g.
+        dtype: of x, g and the factors that are served.
+        blocks: (D_in, K) of the matrices that are projected.
+        numels: sizes of the flat tensors that an optimizer steps.
         vocabulary: of the logits; their kernel is left out if not given.
     """
-    for D_in, D_out, R, trained in sorted(set((a, b, c, (d.start, d.stop)) for a, b, c, d in shapes)):
-        # as the learner stores them: factors in the serving dtype, contiguous, in 16-byte steps
-        A, B = (torch.zeros(shape, dtype=dtype, device=device) for shape in ((D_in, R), (R, D_out)))
-        scale = torch.ones(R, device=device)
-        lengths = {_length(splits, tokens, A) for splits in _powers(_lora.token_splits(tokens, A))}
-        for T in sorted(lengths):
-            x, g = (torch.zeros(T, D, dtype=dtype, device=device) for D in (D_in, D_out))
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    for D_in, D_out, R, start, stop in sorted({(*sizes, own.start, own.stop) for *sizes, own in shapes}):
+        A, B, scale = zeros(D_in, R, dtype=dtype), zeros(R, D_out, dtype=dtype), zeros(R)
+        # steps and sums of splits come in powers of two, and no tile is shorter than 16 tokens
+        for T in (16 << k for k in range(power_of_two(tokens, least=16).bit_length() - 4)):
+            x, g = zeros(T, D_in, dtype=dtype), zeros(T, D_out, dtype=dtype)
             _, h = lora_forward(x, A, B, scale)
             for base_dx in (None, x):
-                lora_backward(x, g, A, B, scale, trained=slice(*trained), h=h, base_dx=base_dx)
-        rank = trained[1] - trained[0]
-        if rank:
-            master = torch.zeros(D_in, rank, device=device)
-            project_out_(master, torch.zeros(_projection.CHUNK, D_in, device=device))
-            sgd_(master, master, lr=0.0)
-            adam_(master, master, master.clone(), master.clone(), step=1, lr=0.0, betas=(0.0, 0.0), eps=0.0)
+                lora_backward(x, g, A, B, scale, trained=slice(start, stop), h=h, base_dx=base_dx)
+    for D_in, K in sorted(set(blocks)):
+        project_out_(zeros(D_in, K), zeros(_projection.CHUNK, D_in))
+    for numel in sorted(set(numels)):
+        w, g, m, v = (zeros(numel) for _ in range(4))
+        sgd_(w, g, lr=0.0)
+        adam_(w, g, m, v, step=1, lr=0.0, betas=(0.0, 0.0), eps=0.0)
     if vocabulary is not None:
-        logits = torch.zeros(1, vocabulary, dtype=dtype, device=device)
-        cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device=device))
-
-
-def _powers(most: int) -> list[int]:
-    return [1 << k for k in range(most.bit_length() + 1)]
-
-
-def _length(splits: int, tokens: int, like: Tensor) -> int:
-    """The longest sample, up to `tokens`, that K2 splits no further than this."""
-    low, high = 1, tokens
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _lora.token_splits(middle, like) <= splits else (low, middle - 1)
-    return low
+        cross_entropy(zeros(1, vocabulary, dtype=dtype), zeros(1, dtype=torch.int64))
 
 
 BACKEND = Backend(
