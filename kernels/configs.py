@@ -1,7 +1,7 @@
 """Tile sizes by compute capability, and which backend `auto` takes: tables, because nothing is tuned at run time.
 
 An entry exists where something is known about a card: that the ahead-of-time gate refuses the default there, or a
-measurement. Any other card gets the default, whose shared memory fits every card from sm_80 on.
+measurement. Any other card gets the default, which passes the gate for every card from sm_80 on.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ class Config:
 DEFAULT = Config()
 CONFIGS: dict[tuple[int, int], Config] = {}
 
-# Operations for which cuBLAS measured faster than Triton, by compute capability. No card has been measured yet, so the
-# table is empty and `auto` means triton on every GPU: `python -m ogpstream.profiling bench kernels` fills it.
-CUBLAS_WINS: dict[tuple[int, int], frozenset[str]] = {}
-
+# Operations that `auto` gives to cuBLAS, by compute capability. Turing and Volta: Triton has no tensor cores there, and
+# half precision spills 2 KiB in `shrink`. No card has been measured: an entry for speed wants a row of
+# `python -m ogpstream.profiling bench kernels` behind it, and without one the answer is triton.
+_NO_TENSOR_CORES = frozenset({"lora_forward", "lora_backward"})
+CUBLAS: dict[tuple[int, int], frozenset[str]] = {(7, 0): _NO_TENSOR_CORES, (7, 5): _NO_TENSOR_CORES}
 
 _assumed: ContextVar[tuple[int, int] | None] = ContextVar("ogpstream_capability", default=None)
 

@@ -1,6 +1,6 @@
 """The operations by hand-written cuBLAS calls: what a good programmer does without a kernel of their own.
 
-It is the baseline that Triton has to beat, and what `auto` takes where a measured table says that it does not.
+It is the baseline that Triton has to beat, and what `auto` takes where `configs.CUBLAS` says so.
 The elementwise operations are those of `reference`: cuBLAS has none.
 """
 

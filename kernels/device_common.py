@@ -47,3 +47,10 @@ def sum_parts(parts, offset, mask, stride_s, PARTS: tl.constexpr):
     for s in tl.static_range(1, PARTS):
         total += tl.load(parts + s * stride_s + offset, mask=mask, other=0.0).to(tl.float32)
     return total
+
+
+@triton.jit
+def largest(v):
+    """max |v| of a tile, 1 where it is 0: what float16 operands are divided by, whose range ends at 6e-8."""
+    size = tl.max(tl.max(tl.abs(v), 1), 0)
+    return tl.where(size == 0, 1.0, size)

@@ -2,12 +2,15 @@
 
 Symbols as in `reference`. No kernel fuses across a `[T, R]` intermediate, no atomics: where several programs add to
 one result each writes its own part, and the reader adds the parts in a fixed order.
+
+h and Y are float32 in memory and rounded to x's dtype only as operands; where that is float16, each tile is first
+divided by its largest element, since gradients are often below 6e-8, where float16 ends.
 """
 
 import triton
 import triton.language as tl
 
-from ogpstream.kernels.device_common import narrow, operand, sum_parts
+from ogpstream.kernels.device_common import largest, narrow, operand, sum_parts
 
 
 @triton.jit
@@ -75,7 +78,11 @@ def expand_kernel(
             B + r[:, None] * stride_br + d[None, :] * stride_bd,
             mask=(r < R)[:, None] & (d < D_OUT)[None, :], other=0.0,
         )  # fmt: skip
-        acc = tl.dot(operand(h_tile, dtype), operand(b_tile, dtype), acc, input_precision="ieee")
+        if dtype == tl.float16:
+            size = largest(h_tile)
+            acc += size * tl.dot(operand(h_tile / size, dtype), operand(b_tile, dtype), input_precision="ieee")
+        else:
+            acc = tl.dot(operand(h_tile, dtype), operand(b_tile, dtype), acc, input_precision="ieee")
     tl.store(
         y + t[:, None] * D_OUT + d[None, :], narrow(acc, dtype), mask=(t < T)[:, None] & (d < D_OUT)[None, :]
     )
@@ -98,7 +105,12 @@ def _token_sum(
         )
         here = (t < T)[:, None] & (k < RANK)[None, :]
         y_tile = sum_parts(y, t[:, None] * R + first + k[None, :], here, T.to(tl.int64) * R, PARTS)
-        acc = tl.dot(tl.trans(operand(x_tile, dtype)), operand(y_tile, dtype), acc, input_precision="ieee")
+        x_tile = tl.trans(operand(x_tile, dtype))
+        if dtype == tl.float16:
+            size = largest(y_tile)
+            acc += size * tl.dot(x_tile, operand(y_tile / size, dtype), input_precision="ieee")
+        else:
+            acc = tl.dot(x_tile, operand(y_tile, dtype), acc, input_precision="ieee")
     tl.store(
         out + d[:, None] * stride_od + k[None, :] * stride_or, acc, mask=(d < D)[:, None] & (k < RANK)[None, :]
     )
@@ -152,5 +164,9 @@ def gradient_kernel(
                     A + d[None, :] * stride_ad + r[:, None] * stride_ar,
                     mask=(r < R)[:, None] & (d < D_IN)[None, :], other=0.0,
                 )  # fmt: skip
-                acc = tl.dot(operand(y_tile, dtype), operand(a_tile, dtype), acc, input_precision="ieee")
+                if dtype == tl.float16:
+                    size = largest(y_tile)
+                    acc += size * tl.dot(operand(y_tile / size, dtype), operand(a_tile, dtype), input_precision="ieee")
+                else:
+                    acc = tl.dot(operand(y_tile, dtype), operand(a_tile, dtype), acc, input_precision="ieee")
             tl.store(dx + t[:, None] * stride_dx + d[None, :], narrow(acc, dtype), mask=inside)

@@ -2,7 +2,7 @@
 
 Which backend, says the environment variable OGPSTREAM_BACKEND, read at every call:
 
-    auto         (default) on a CUDA device triton, or cublas for what `configs.CUBLAS_WINS` says of that card and where
+    auto         (default) on a CUDA device triton, or cublas for what `configs.CUBLAS` says of that card, and where
                  triton is not installed; elsewhere, and in float64, the reference
     reference    plain torch, everywhere
     triton       the Triton kernels; on a CPU they need TRITON_INTERPRET=1 from the start of the process
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import reference
-from ogpstream.kernels.configs import CUBLAS_WINS, capability
+from ogpstream.kernels.configs import CUBLAS, capability
 
 ENV = "OGPSTREAM_BACKEND"
 # each has its Backend under the name BACKEND
@@ -70,8 +70,8 @@ def backend_for(tensor: Tensor, operation: str) -> Backend:
         if not tensor.is_cuda or tensor.dtype == torch.float64:
             choice = "reference"
         else:
-            slow = operation in CUBLAS_WINS.get(capability(tensor.device) or (0, 0), ())
-            choice = "cublas" if slow or _backend("triton") is None else "triton"
+            instead = operation in CUBLAS.get(capability(tensor.device) or (0, 0), ())
+            choice = "cublas" if instead or _backend("triton") is None else "triton"
     backend = _backend(choice)
     if backend is None:
         known = ", ".join(["auto", *sorted({*_backends, *_MODULES} - {choice})])

@@ -71,7 +71,8 @@ def record_launches() -> Iterator[list[Launch]]:
 
 def written(*tensors: Tensor | None) -> None:
     """Tell autograd that these were changed in place: a raw write leaves a saved tensor silently wrong."""
-    torch.autograd.graph.increment_version([t for t in tensors if t is not None])
+    # tensors made in inference mode have no counter, and no graph can hold them
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -51,7 +51,7 @@ def test_auto_takes_triton_on_cuda_and_the_reference_in_float64(operation, monke
 
 
 def test_auto_takes_cublas_for_what_a_table_says_of_that_card(monkeypatch):
-    monkeypatch.setitem(configs.CUBLAS_WINS, (0, 1), frozenset({"project_out_"}))
+    monkeypatch.setitem(configs.CUBLAS, (0, 1), frozenset({"project_out_"}))
     with configs.assume_capability((0, 1)):
         assert (chosen(on_cuda(), "project_out_"), chosen(on_cuda(), "lora_backward")) == ("cublas", "triton")
     with configs.assume_capability((0, 2)):

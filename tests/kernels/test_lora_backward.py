@@ -1,5 +1,6 @@
 """The LoRA kernels against float64, by name of output and gradient, and what they may not touch."""
 
+import dataclasses
 import re
 
 import pytest
@@ -78,6 +79,17 @@ def sizes(p, trained):
     operands = [t.abs() for t in p.operands]
     y, h = reference.lora_forward(operands[0], *operands[2:])
     return y, h, *reference.lora_backward(*operands, trained=trained)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_small_gradients_are_not_lost(dtype, problem, close):
+    """Y = g B.T of 1e-8 and h of 1e-7, both below the range of float16."""
+    p = problem(20, 24, 30, 16, dtype)
+    p = dataclasses.replace(p, g=p.g * 1e-4, B=p.B * 1e-4, A=p.A * 1e-4, scale=p.scale * 1e-2, base_dx=0 * p.base_dx)
+    _, h = lora.lora_forward(p.x, p.A, p.B, p.scale)
+    dA, dB, _ = lora.lora_backward(*p.operands, trained=slice(0, 8), h=h)
+    dA_ref, dB_ref, _ = reference.lora_backward(*p.double().operands, trained=slice(0, 8))
+    close(BOUND[dtype], dA=(dA, dA_ref), dB=(dB, dB_ref))
 
 
 def test_h_is_computed_again_when_it_is_not_given(problem, close):
