@@ -87,6 +87,7 @@ def lora_backward_parts(
         ValueError: a wrong shape, dtype or stride; the message names the tensor.
     """
     T, D_in, D_out, R = _check(x, A, B, scale)
+    require(0 <= trained.start <= trained.stop <= R, f"trained is {trained}, needs to lie within the {R} columns of A")
     rank = trained.stop - trained.start
     splits = token_splits(T, x)
     require_rows("g", g, T, D_out, dtypes=(x.dtype,))

@@ -317,5 +317,7 @@ def test_wrong_dtypes_and_strides_are_named(problem):
         lora.lora_forward(p.x.T, p.A, p.B, p.scale)
     with pytest.raises(ValueError, match="g is torch.float16, needs one of float32"):
         lora.lora_backward(p.x, p.g.half(), *p.operands[2:], trained=slice(0, 1))
+    with pytest.raises(ValueError, match=r"trained is slice\(3, 7, None\), needs to lie within the 6 columns of A"):
+        lora.lora_backward(*p.operands, trained=slice(3, 7))
     with pytest.raises(ValueError, match="A is torch.int64"):
         lora.lora_forward(p.x, p.A.long(), p.B, p.scale)
