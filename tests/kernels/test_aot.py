@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "shrink_kernel", "expand_kernel", "gradient_kernel", "sum_kernel", "sgd_kernel", "moments_kernel", "adam_kernel",
@@ -22,16 +20,17 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
-def test_every_kernel_compiles_without_a_fault(arch):
-    done = run("-m", "ogpstream.kernels.aot", arch)
+def test_every_kernel_compiles_without_a_fault():
+    done = run("-m", "ogpstream.kernels.aot")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert all(line.startswith(arch) and line.endswith("  ok") for line in lines)
-    assert {line.split()[1] for line in lines} == KERNELS
-    for kernel in ("shrink_kernel", "expand_kernel", "gradient_kernel"):
-        for dtype in ("bfloat16", "float16", "float32"):
-            assert any(f" {kernel} " in line and f" {dtype} " in line for line in lines), (kernel, dtype)
+    assert all(line.endswith("  ok") for line in lines)
+    for arch in ("sm_80", "sm_86", "sm_90"):
+        own = [line for line in lines if line.startswith(f"{arch} ")]
+        assert {line.split()[1] for line in own} == KERNELS
+        for kernel in ("shrink_kernel", "expand_kernel", "gradient_kernel"):
+            for dtype in ("bfloat16", "float16", "float32"):
+                assert any(f" {kernel} " in line and f" {dtype} " in line for line in own), (arch, kernel, dtype)
 
 
 def test_every_kernel_of_the_package_is_in_the_gate():

@@ -125,12 +125,12 @@ def test_without_blocks_the_optimizer_has_the_last_word(device, orthonormal_rows
     assert torch.equal(model.serving, model.slab.bfloat16())
 
 
-def test_an_update_is_bitwise_the_sum_of_its_calls(device, orthonormal_rows, problem):
+def test_an_update_is_bitwise_the_sum_of_its_calls(device, orthonormal_rows, problem, short_splits):
     """A backward pass adds one linear after the other, the last layer first, and gets the very same masters."""
-    whole, pieces = (Model(device, orthonormal_rows, problem, (20, 270), torch.float32) for _ in range(2))
+    whole, pieces = (Model(device, orthonormal_rows, problem, (20, 40), torch.float32) for _ in range(2))
     lora_backward_project(whole.samples(), whole.slab, whole.adam(), whole.blocks(resident=False))
     samples, blocks = pieces.samples(), pieces.blocks(resident=False)
-    parts = Parts(pieces.slab, (20, 270), samples[0][0].x)
+    parts = Parts(pieces.slab, (20, 40), samples[0][0].x)
     stream = stream_of(blocks, pieces.slab.device)
     for number in (1, 0):
         for linear in reversed(samples[number]):
