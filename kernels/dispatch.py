@@ -2,11 +2,16 @@
 
 Which backend, says the environment variable OGPSTREAM_BACKEND, read at every call:
 
-    auto         (default) the one registered as "triton" for tensors on a CUDA device, else the reference
+    auto         (default) on a CUDA device triton, or cublas for what `configs.CUBLAS` says of that card, and where
+                 triton is not installed; elsewhere, and in float64, the reference
     reference    plain torch, everywhere
-    triton       the one registered as "triton", everywhere; an error while there is none
+    triton       the Triton kernels; on a CPU they need TRITON_INTERPRET=1 from the start of the process
+    cublas       hand-written cuBLAS calls; on a CPU the same calls of its BLAS
+
+A backend is imported when it is first asked for: importing this module needs torch alone.
 """
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +20,11 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import reference
+from ogpstream.kernels.configs import CUBLAS, capability
 
 ENV = "OGPSTREAM_BACKEND"
+# each has its Backend under the name BACKEND
+_MODULES = {"cublas": "ogpstream.kernels.cublas_backend", "triton": "ogpstream.kernels.triton_backend"}
 
 
 @dataclass(frozen=True)
@@ -55,22 +63,37 @@ register_backend(
 )
 
 
-def backend_for(tensor: Tensor) -> Backend:
-    """The backend that computes with this tensor; ValueError when OGPSTREAM_BACKEND names none there is."""
+def backend_for(tensor: Tensor, operation: str) -> Backend:
+    """The backend that does this operation with this tensor; ValueError when OGPSTREAM_BACKEND names none there is."""
     choice = os.environ.get(ENV) or "auto"
     if choice == "auto":
-        choice = "triton" if tensor.is_cuda and "triton" in _backends else "reference"
-    backend = _backends.get(choice)
+        if not tensor.is_cuda or tensor.dtype == torch.float64:
+            choice = "reference"
+        else:
+            instead = operation in CUBLAS.get(capability(tensor.device) or (0, 0), ())
+            choice = "cublas" if instead or _backend("triton") is None else "triton"
+    backend = _backend(choice)
     if backend is None:
-        known = ", ".join(["auto", *sorted(_backends)])
+        known = ", ".join(["auto", *sorted({*_backends, *_MODULES} - {choice})])
         raise ValueError(f"{ENV}={choice}: there is no such backend here, set it to one of: {known}")
     return backend
+
+
+def _backend(name: str) -> Backend | None:
+    if name not in _backends and name in _MODULES:
+        try:
+            register_backend(importlib.import_module(_MODULES[name]).BACKEND)
+        except ModuleNotFoundError as error:
+            # triton exists for Linux only; anything else that is missing is a fault
+            if error.name != "triton":
+                raise
+    return _backends.get(name)
 
 
 def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`h = (x A) * scale ; y = h B`, returned as (y, h): see `reference.lora_forward`."""
     _check_factors(x, A, B, scale)
-    return backend_for(x).lora_forward(x, A, B, scale)
+    return backend_for(x, "lora_forward").lora_forward(x, A, B, scale)
 
 
 def lora_backward(
@@ -95,7 +118,7 @@ def lora_backward(
     start, stop, stride = trained.start, trained.stop, trained.step or 1
     if start is None or stop is None or stride != 1 or not 0 <= start <= stop <= R:
         raise ValueError(f"trained is {trained}, needs slice(start, stop) within the {R} columns of A")
-    return backend_for(x).lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=base_dx)
+    return backend_for(x, "lora_backward").lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=base_dx)
 
 
 def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = 32, weights: Tensor | None = None) -> Tensor:
@@ -108,14 +131,14 @@ def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = 32, weights: Tensor | 
         _check_shape("weights", weights, M)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, needs at least 1 direction")
-    return backend_for(Z).project_out_(Z, rows, chunk=chunk, weights=weights)
+    return backend_for(Z, "project_out_").project_out_(Z, rows, chunk=chunk, weights=weights)
 
 
 def sgd_(w: Tensor, g: Tensor, *, lr: float, weight_decay: float = 0.0) -> None:
     """`w -= lr (g + weight_decay w)` in place: see `reference.sgd_`."""
     _check_master("w", w)
     _check_shape("g", g, *w.shape)
-    backend_for(w).sgd_(w, g, lr=lr, weight_decay=weight_decay)
+    backend_for(w, "sgd_").sgd_(w, g, lr=lr, weight_decay=weight_decay)
 
 
 def adam_(
@@ -139,7 +162,7 @@ def adam_(
     _check_shape("g", g, *w.shape)
     if step < 1:
         raise ValueError(f"step is {step}, the first step is 1")
-    backend_for(w).adam_(
+    backend_for(w, "adam_").adam_(
         w, g, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
     )
 
@@ -148,7 +171,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(loss_sum, dlogits = softmax - onehot) of a chunk of rows: see `reference.cross_entropy`."""
     n, _ = _check_matrix("logits", logits)
     _check_shape("target", target, n)
-    return backend_for(logits).cross_entropy(logits, target)
+    return backend_for(logits, "cross_entropy").cross_entropy(logits, target)
 
 
 def _check_matrix(name: str, tensor: Tensor) -> tuple[int, int]:

@@ -16,6 +16,10 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
+# read when triton and the kernels are first imported; processes that a test starts need not inherit it
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # the tests run in several processes; a second thread in each only makes them wait for one another
 torch.set_num_threads(1)
 

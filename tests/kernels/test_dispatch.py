@@ -1,15 +1,20 @@
 """Which backend computes, and what is refused before one does."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ogpstream.kernels import dispatch, reference
+from ogpstream.kernels import configs, dispatch, reference
 
-REFERENCE = dispatch.backend_for(torch.zeros(1))
+REFERENCE = dispatch.backend_for(torch.zeros(1), "sgd_")
+OPERATIONS = [field.name for field in dataclasses.fields(dispatch.Backend) if field.name != "name"]
 MOMENTS = dict(step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
 
 
@@ -20,35 +25,75 @@ def registry(monkeypatch):
     monkeypatch.delenv(dispatch.ENV, raising=False)
 
 
-def on_cuda():
+def on_cuda(dtype=torch.float32):
     with FakeTensorMode():
-        return torch.empty(1, device="cuda")
+        return torch.empty(1, device="cuda", dtype=dtype)
+
+
+def chosen(tensor, operation="lora_backward"):
+    return dispatch.backend_for(tensor, operation).name
 
 
 @pytest.mark.parametrize("choice", [None, "", "auto", "reference"])
 def test_the_reference_runs_on_a_cpu(choice, monkeypatch):
     if choice is not None:
         monkeypatch.setenv(dispatch.ENV, choice)
-    backend = dispatch.backend_for(torch.zeros(1))
+    backend = dispatch.backend_for(torch.zeros(1), "lora_backward")
     assert backend.name == "reference" and backend.lora_backward is reference.lora_backward
 
 
-def test_auto_takes_triton_on_cuda_once_it_is_registered(monkeypatch):
-    assert dispatch.backend_for(on_cuda()).name == "reference"
-    dispatch.register_backend(dataclasses.replace(REFERENCE, name="triton"))
-    assert dispatch.backend_for(on_cuda()).name == "triton"
-    assert dispatch.backend_for(torch.zeros(1)).name == "reference"
-    monkeypatch.setenv(dispatch.ENV, "triton")
-    assert dispatch.backend_for(torch.zeros(1)).name == "triton"
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_auto_takes_triton_on_cuda_and_the_reference_in_float64(operation, monkeypatch):
+    assert chosen(on_cuda(), operation) == chosen(on_cuda(torch.bfloat16), operation) == "triton"
+    assert chosen(on_cuda(torch.float64), operation) == chosen(torch.zeros(1), operation) == "reference"
     monkeypatch.setenv(dispatch.ENV, "reference")
-    assert dispatch.backend_for(on_cuda()).name == "reference"
+    assert chosen(on_cuda(), operation) == "reference"
 
 
-@pytest.mark.parametrize("choice", ["triton", "cuda"])
-def test_a_backend_that_is_not_there_is_an_error_of_one_line(choice, monkeypatch):
-    monkeypatch.delitem(dispatch._backends, "triton", raising=False)
+def test_auto_takes_cublas_for_what_a_table_says_of_that_card(monkeypatch):
+    monkeypatch.setitem(configs.CUBLAS, (0, 1), frozenset({"project_out_"}))
+    with configs.assume_capability((0, 1)):
+        assert (chosen(on_cuda(), "project_out_"), chosen(on_cuda(), "lora_backward")) == ("cublas", "triton")
+    with configs.assume_capability((0, 2)):
+        assert chosen(on_cuda(), "project_out_") == "triton"
+
+
+@pytest.mark.parametrize("choice", ["triton", "cublas"])
+def test_the_environment_forces_a_backend(choice, monkeypatch):
     monkeypatch.setenv(dispatch.ENV, choice)
-    with pytest.raises(ValueError, match=rf"^OGPSTREAM_BACKEND={choice}: .* auto, reference$"):
+    assert {chosen(tensor, op) for tensor in (on_cuda(), torch.zeros(1)) for op in OPERATIONS} == {choice}
+
+
+def test_without_triton_installed(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+    dispatch._backends.pop("triton", None)
+    cublas = dispatch._backend("cublas")
+    monkeypatch.setattr(dispatch.importlib, "import_module", missing)
+    assert cublas is not None and chosen(on_cuda()) == "cublas" and chosen(torch.zeros(1)) == "reference"
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    with pytest.raises(ValueError, match=r"^OGPSTREAM_BACKEND=triton: .* auto, cublas, reference$"):
+        dispatch.sgd_(torch.zeros(2), torch.zeros(2), lr=0.1)
+
+
+def test_a_fault_in_a_backend_is_not_taken_for_its_absence(monkeypatch):
+    dispatch._backends.pop("triton", None)
+    monkeypatch.setitem(dispatch._MODULES, "triton", "ogpstream.kernels.not_there")
+    with pytest.raises(ModuleNotFoundError, match="not_there"):
+        chosen(on_cuda())
+
+
+def test_the_dispatch_alone_imports_neither_triton_nor_its_kernels():
+    code = "import sys, ogpstream.kernels.dispatch; sys.exit('triton' in sys.modules)"
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root / ".typing")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, timeout=120).returncode == 0
+
+
+def test_a_backend_that_is_not_there_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.setenv(dispatch.ENV, "cuda")
+    with pytest.raises(ValueError, match=r"^OGPSTREAM_BACKEND=cuda: .* auto, cublas, reference, triton$"):
         dispatch.sgd_(torch.zeros(2), torch.zeros(2), lr=0.1)
 
 
@@ -63,28 +108,27 @@ def test_every_operation_reaches_the_chosen_backend_with_its_arguments(monkeypat
     def recorder(name):
         return lambda *args, **kwargs: calls.setdefault(name, (args, kwargs))
 
-    operations = [field.name for field in dataclasses.fields(dispatch.Backend) if field.name != "name"]
-    dispatch.register_backend(dispatch.Backend("spy", *map(recorder, operations)))
+    dispatch.register_backend(dispatch.Backend("spy", *map(recorder, OPERATIONS)))
     monkeypatch.setenv(dispatch.ENV, "spy")
     x, g, A, B, scale = (torch.zeros(s) for s in ((3, 4), (3, 5), (4, 2), (2, 5), (2,)))
     h, rows, weights, ids = torch.zeros(3, 2), torch.zeros(7, 4), torch.zeros(7), torch.zeros(3).long()
-    chosen = dict(trained=slice(1, 2), h=h, base_dx=x)
+    options = dict(trained=slice(1, 2), h=h, base_dx=x)
     m, v = torch.zeros_like(A), torch.zeros_like(A)
     dispatch.lora_forward(x, A, B, scale)
-    dispatch.lora_backward(x, g, A, B, scale, **chosen)
+    dispatch.lora_backward(x, g, A, B, scale, **options)
     dispatch.project_out_(A, rows, chunk=5, weights=weights)
     dispatch.sgd_(A, A, lr=0.1, weight_decay=0.2)
     dispatch.adam_(A, A, m, v, **MOMENTS, weight_decay=0.2)
     dispatch.cross_entropy(x, ids)
     expected = {
         "lora_forward": ((x, A, B, scale), {}),
-        "lora_backward": ((x, g, A, B, scale), chosen),
+        "lora_backward": ((x, g, A, B, scale), options),
         "project_out_": ((A, rows), dict(chunk=5, weights=weights)),
         "sgd_": ((A, A), dict(lr=0.1, weight_decay=0.2)),
         "adam_": ((A, A, m, v), dict(MOMENTS, weight_decay=0.2)),
         "cross_entropy": ((x, ids), {}),
     }
-    assert calls.keys() == expected.keys() == set(operations)
+    assert calls.keys() == expected.keys() == set(OPERATIONS)
     for name, (args, kwargs) in expected.items():
         assert [id(a) for a in args] == [id(a) for a in calls[name][0]], name
         assert kwargs.keys() == calls[name][1].keys(), name

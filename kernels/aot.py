@@ -1,0 +1,197 @@
+"""The ahead-of-time gate: every kernel, as its launcher launches it, compiled for cards that are not here.
+
+    python -m ogpstream.kernels.aot [sm_80 sm_86 sm_90]
+
+compiles without a GPU, prints registers, stack and shared memory of each kernel, and fails when a kernel spills, needs
+more shared memory than the card has, multiplies half precision without tensor cores, or float32 with them (that would
+be TF32, which the interpreter hides). ptxas and cuobjdump come with triton.
+
+The launchers run on fake tensors and their launches are recorded, so what is compiled here is what they launch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ogpstream.kernels.configs import assume_capability
+from ogpstream.kernels.cross_entropy import cross_entropy
+from ogpstream.kernels.launch import INTERPRETED, Launch, record_launches
+from ogpstream.kernels.lora_backward import lora_backward, lora_forward
+from ogpstream.kernels.optimizer import Adam, Sgd, step_
+from ogpstream.kernels.projection import project_out_
+
+# shared memory that one program may have, in bytes (CUDA programming guide, compute capabilities)
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
+# (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; the widest rank with odd widths
+_LORA = [(2048, 2048, 48, slice(8, 16), 1024), (1000, 3000, 200, slice(0, 64), 300)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile; `products` says what it multiplies, or that it does not."""
+
+    label: str
+    launch: Launch
+    products: Literal["half", "float32", "none"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas made of a case."""
+
+    case: Case
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_cores: bool
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this may not ship; empty if it may."""
+        found = []
+        if self.stack:
+            found.append(f"spills: {self.stack} bytes of stack")
+        if self.shared > SHARED_LIMIT[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, over the {SHARED_LIMIT[self.arch]} of sm_{self.arch}")
+        if self.tensor_cores != (self.case.products == "half"):
+            what = "TF32" if self.tensor_cores else "no tensor cores for half precision"
+            found.append(f"{what}: products are {self.case.products}")
+        return found
+
+    def __str__(self) -> str:
+        name = f"{self.case.launch.name} {self.case.label}"
+        numbers = f"{self.registers:4} registers {self.stack:4} stack {self.shared:7} shared"
+        return f"sm_{self.arch} {name:50} {numbers}  {'; '.join(self.faults) or 'ok'}"
+
+
+def cases(arch: int) -> list[Case]:
+    """Every kernel with every set of tiles that a card of this architecture gets.
+
+    Raises:
+        RuntimeError: the process has the kernels for the interpreter.
+    """
+    if INTERPRETED:
+        raise RuntimeError("the kernels were imported for the interpreter: start without TRITON_INTERPRET")
+    found: list[Case] = []
+
+    def add(label: str, products: dict[str, Literal["half", "float32"]], record: Iterable[Launch]) -> None:
+        found.extend(Case(label, launch, products.get(launch.name, "none")) for launch in record)
+
+    with FakeTensorMode(), assume_capability(divmod(arch, 10)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            kind: Literal["half", "float32"] = "float32" if dtype == torch.float32 else "half"
+            products = dict.fromkeys(("shrink_kernel", "expand_kernel", "gradient_kernel"), kind)
+            # fp16 takes the tiles of bf16: one size shows that it compiles
+            for D_in, D_out, R, trained, T in _LORA[:1] if dtype == torch.float16 else _LORA:
+                x, g = torch.empty(T, D_in, dtype=dtype), torch.empty(T, D_out, dtype=dtype)
+                A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
+                label = f"{str(dtype)[6:]} R{R}"
+                with record_launches() as record:
+                    _, h = lora_forward(x, A, B, torch.empty(R))
+                add(f"forward {label}", products, record)
+                with record_launches() as record:
+                    lora_backward(x, g, A, B, torch.empty(R), trained=trained, h=h, base_dx=x)
+                add(f"backward {label} r{trained.stop - trained.start}", products, record)
+            with record_launches() as record:
+                cross_entropy(torch.empty(128, 32000, dtype=dtype), torch.empty(128, dtype=torch.int64))
+            add(str(dtype)[6:], {}, record)
+        n, serving = 1 << 20, torch.empty(1 << 20, dtype=torch.bfloat16)
+        w, m, v, parts = torch.empty(n), torch.empty(n), torch.empty(n), torch.empty(4, n)
+        with record_launches() as record:
+            step_(w, parts, Sgd(1e-4), first=n // 2, serving=serving, serve_from=n // 2)
+            step_(w, parts, Adam(m, v, 1, 1e-4, (0.9, 0.99), 1e-8), first=n // 2, serving=serving, serve_from=n // 2)
+        add("4 parts", {}, record)
+        products = dict.fromkeys(("coefficients_kernel", "removal_kernel"), "float32")
+        for chunk in (32, 256):
+            Z, copy = torch.empty(2048, 512), torch.empty(2048, 512, dtype=torch.bfloat16)
+            with record_launches() as record:
+                project_out_(Z, torch.empty(chunk, 2048), chunk=chunk, weights=torch.empty(chunk), serving=copy)
+            add(f"{chunk} directions", products, record)
+    unique: dict[tuple[str, str], Case] = {}
+    for case in found:
+        unique.setdefault((case.launch.name, repr(_source(case.launch)[1:])), case)
+    return list(unique.values())
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compile one launch for an architecture, 80 for sm_80."""
+    kernel, signature, constants, attributes = _source(case.launch)
+    options = {k: v for k, v in case.launch.options.items() if k not in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, stack = _resources(built.asm["cubin"])
+    tensor_cores = bool(re.search(r"\b(wg)?mma\.", built.asm["ptx"]))
+    return Compiled(case, arch, registers, stack, built.metadata.shared, tensor_cores)
+
+
+def _source(launch: Launch) -> tuple[Any, dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[object]]]]:
+    """Kernel, signature, constants and attributes, specialised as Triton does for a launch with these arguments."""
+    kernel = launch.kernel
+    values = dict(zip(kernel.arg_names, launch.args, strict=False)) | launch.options
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value, general = values[parameter.name], parameter.do_not_specialize
+        aligned = False
+        if isinstance(value, Tensor):
+            kind = "*" + _TYPES[value.dtype]
+            aligned = value.storage_offset() * value.element_size() % 16 == 0
+        elif parameter.is_constexpr or value is None or (value == 1 and isinstance(value, int) and not general):
+            kind = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not general
+        signature[parameter.name] = kind
+        if aligned:
+            attributes[index,] = [["tt.divisibility", 16]]
+    return kernel, signature, constants, attributes
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of the one kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    if match is None:
+        raise RuntimeError(f"cuobjdump names no resources: {done.stdout}")
+    return int(match[1]), int(match[2])
+
+
+def main(names: Sequence[str]) -> int:
+    """Compile for the named architectures (all if none), print one line a kernel; 1 if one has a fault."""
+    faulty = 0
+    for arch in [int(name.removeprefix("sm_")) for name in names] or SHARED_LIMIT:
+        for case in cases(arch):
+            compiled = compile_case(case, arch)
+            print(compiled, flush=True)
+            faulty += bool(compiled.faults)
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

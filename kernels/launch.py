@@ -1,0 +1,99 @@
+"""What all launchers share: the one place that launches, what they check, and what they tell autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# read when @triton.jit decorates, so a kernel is interpreted or compiled for the life of the process
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class Launch(NamedTuple):
+    """One launch as it was made: `options` are constexpr parameters and Triton's own, as num_warps."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        name: str = self.kernel.fn.__name__
+        return name
+
+
+_record: ContextVar[list[Launch] | None] = ContextVar("ogpstream_launches", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options: Any) -> None:
+    """Run a kernel on the device of the tensor `on`, unless the grid is empty.
+
+    Fake tensors are not computed with, so that memory, launches and compilation can be tested without a GPU.
+
+    Raises:
+        RuntimeError: `on` is not on a CUDA device, and the kernels were not imported for the interpreter.
+    """
+    if 0 in grid:
+        return
+    record = _record.get()
+    if record is not None:
+        record.append(Launch(kernel, grid, args, options))
+    if isinstance(on, FakeTensor):
+        return
+    if not (on.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"the triton kernels run on CUDA, this tensor is on {on.device}: set OGPSTREAM_BACKEND=reference, "
+            "or TRITON_INTERPRET=1 before they are imported"
+        )
+    # triton launches on the current device whatever the tensors are on
+    with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """The launches of this thread or task while the context is open; they keep their tensors alive."""
+    record: list[Launch] = []
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
+
+
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd that these were changed in place: a raw write leaves a saved tensor silently wrong."""
+    # tensors made in inference mode have no counter, and no graph can hold them
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two >= max(n, least): tl.arange and unrolled loops come in these sizes."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with this message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_rows(name: str, tensor: Tensor, *shape: int, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    """A tensor of this shape whose last dimension is contiguous, in one of these dtypes; ValueError names it."""
+    require(tensor.shape == shape, f"{name} has shape {list(tensor.shape)}, needs {list(shape)}")
+    # the stride of a dimension of one element says nothing
+    contiguous = not tensor.dim() or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    require(contiguous, f"{name} has strides {tensor.stride()}, needs 1 in the last dimension")
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    require(not dtypes or tensor.dtype in dtypes, f"{name} is {tensor.dtype}, needs one of {names}")
+
+
+HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)

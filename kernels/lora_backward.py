@@ -1,0 +1,219 @@
+"""LoRA of one adapted linear in Triton: launchers of K1, the expansion and K2, and the autograd function.
+
+Launchers check what they are given, name what is wrong, and allocate every buffer by `torch.empty`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ogpstream.kernels.configs import Lora, config_for
+from ogpstream.kernels.device_lora import expand_kernel, gradient_kernel, shrink_kernel
+from ogpstream.kernels.launch import HALF_OR_SINGLE, launch, power_of_two, require, require_rows, written
+from ogpstream.kernels.optimizer import sum_splits
+
+_SINGLE = (torch.float32,)
+
+
+def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`h = (x A) * scale ; y = h B` in two launches.
+
+    Args:
+        x: `[T, D_in]` in float32, bfloat16 or float16, rows contiguous. The products are in this dtype.
+        A: `[D_in, R]`, B: `[R, D_out]` in any of these dtypes and with any strides.
+        scale: `[R]`.
+
+    Returns:
+        y `[T, D_out]` in x's dtype, h `[T, R]` in float32.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+    """
+    T, D_in, D_out, R = _check(x, A, B, scale)
+    y = torch.empty(T, D_out, dtype=x.dtype, device=x.device)
+    h = torch.empty(T, R, dtype=torch.float32, device=x.device)
+    if R == 0:
+        return y.zero_(), h
+    parts, _ = _shrink(x, None, A, B, scale)
+    tile = _tiles(x).expand
+    launch(
+        expand_kernel, (_blocks(T, tile.tokens), _blocks(D_out, tile.width)), x,
+        parts, B, y, h, T, *B.stride(),
+        D_OUT=D_out, R=R, PARTS=len(parts), BT=tile.tokens, BD=tile.width, BR=_rank_block(x, R),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y, h
+
+
+def token_splits(T: int, x: Tensor) -> int:
+    """How many parts K2 leaves of dA and dB for a sample of T tokens with inputs like x."""
+    tile = _tiles(x).gradient
+    return max(1, _blocks(T, tile.tokens * tile.steps))
+
+
+def lora_backward_parts(
+    x: Tensor,
+    g: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    *,
+    trained: slice,
+    dA: Tensor,
+    dB: Tensor,
+    h: Tensor | None = None,
+    base_dx: Tensor | None = None,
+    dx: Tensor | None = None,
+) -> Tensor:
+    """K1 and K2: two launches that leave dA and dB as parts, to be summed by whoever uses them.
+
+        Y = (g B.T) * scale ; sum_s dA[s] = x.T Y[:, trained] ; sum_s dB[s] = h[:, trained].T g
+        dx = base_dx + Y A.T
+
+    Args:
+        x, g, A, B, scale, trained, h, base_dx: as for `reference.lora_backward`; g in x's dtype.
+        dA: `[S, D_in, r]`, dB: `[S, r, D_out]`, float32, S = `token_splits(T, x)`; every element is written. Views of
+            a flat slab will do: only the last dimension must be contiguous.
+        dx: where dx goes, `[T, D_in]` in x's dtype; may be base_dx itself. A new tensor if not given.
+
+    Returns:
+        dx.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+    """
+    T, D_in, D_out, R = _check(x, A, B, scale)
+    require(0 <= trained.start <= trained.stop <= R, f"trained is {trained}, needs to lie within the {R} columns of A")
+    rank = trained.stop - trained.start
+    splits = token_splits(T, x)
+    require_rows("g", g, T, D_out, dtypes=(x.dtype,))
+    require_rows("dA", dA, splits, D_in, rank, dtypes=_SINGLE)
+    require_rows("dB", dB, splits, rank, D_out, dtypes=_SINGLE)
+    if base_dx is not None:
+        require_rows("base_dx", base_dx, T, D_in, dtypes=HALF_OR_SINGLE)
+    if h is not None:
+        require_rows("h", h, T, R, dtypes=_SINGLE)
+        require(h.is_contiguous(), f"h has strides {h.stride()}, needs a contiguous matrix")
+    if dx is None:
+        dx = torch.empty(T, D_in, dtype=x.dtype, device=x.device)
+    require_rows("dx", dx, T, D_in, dtypes=(x.dtype,))
+    if R == 0:
+        dx.zero_() if base_dx is None else dx.copy_(base_dx)
+        return dx
+    parts_h, parts_y = _shrink(x if h is None and rank else None, g, A, B, scale)
+    h = parts_h if h is None else h[None]
+    tile, rank_block = _tiles(x).gradient, _rank_block(x, rank)
+    blocks_in, blocks_out = _blocks(D_in, tile.width), _blocks(D_out, tile.width)
+    blocks = 2 * blocks_in + blocks_out if rank else blocks_in
+    # no more steps than a short sample has, in powers of two: four kernels serve all lengths
+    steps = min(tile.steps, power_of_two(_blocks(T, tile.tokens)))
+    launch(
+        gradient_kernel, (blocks, splits, max(1, _blocks(rank, rank_block))), x,
+        x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start,
+        x.stride(0), g.stride(0), *A.stride(), 0 if base_dx is None else base_dx.stride(0), dx.stride(0),
+        dA.stride(0), dA.stride(1), dB.stride(0), dB.stride(1),
+        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=steps,
+        BT=tile.tokens, BD=tile.width, BR=_rank_block(x, R), BK=rank_block,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    written(dx, dA, dB)
+    return dx
+
+
+def lora_backward(
+    x: Tensor,
+    g: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    *,
+    trained: slice,
+    h: Tensor | None = None,
+    base_dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA `[D_in, r]`, dB `[r, D_out]` in float32 and dx: K1, K2, and one launch that sums the parts of both.
+
+    Arguments and errors as for `lora_backward_parts`, meaning as for `reference.lora_backward`.
+    """
+    rank, (D_in, D_out) = trained.stop - trained.start, (A.shape[0], B.shape[1])
+    # dA and dB of one split lie side by side, so that one launch sums both
+    parts = torch.empty(token_splits(len(x), x), rank * (D_in + D_out), dtype=torch.float32, device=x.device)
+    dx = lora_backward_parts(
+        x, g, A, B, scale, trained=trained, h=h, base_dx=base_dx,
+        dA=parts[:, : rank * D_in].unflatten(1, (D_in, rank)), dB=parts[:, rank * D_in :].unflatten(1, (rank, D_out)),
+    )  # fmt: skip
+    both = sum_splits(parts)
+    return both[: rank * D_in].view(D_in, rank), both[rank * D_in :].view(rank, D_out), dx
+
+
+class LoraFunction(torch.autograd.Function):
+    """`y = ((x A) * scale) B` for autograd; the gradients are those of `lora_backward`, bit for bit.
+
+    A, B are `[D_in, R]` and `[R, D_out]`, x is `[T, D_in]`. scale is a constant: it gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+        y, h = lora_forward(x, A, B, scale)
+        ctx.save_for_backward(x, A, B, scale, h)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, A, B, scale, h = ctx.saved_tensors
+        dA, dB, dx = lora_backward(x, g.contiguous(), A, B, scale, trained=slice(0, A.shape[1]), h=h)
+        return dx, dA.to(A.dtype), dB.to(B.dtype), None
+
+
+def _shrink(
+    x: Tensor | None, g: Tensor | None, A: Tensor, B: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """K1: parts of h `[S, T, R]` if x is given and of Y `[S', T, R]` if g is; what is not given has no parts."""
+    some = x if x is not None else g
+    assert some is not None
+    (D_in, R), D_out, T = A.shape, B.shape[1], len(some)
+    tile, rank_block = _tiles(some).shrink, _rank_block(some, R)
+    steps = [min(tile.steps, power_of_two(_blocks(D, tile.width))) for D in (D_in, D_out)]
+    splits = [
+        0 if v is None else _blocks(D, tile.width * n) for v, D, n in zip((x, g), (D_in, D_out), steps, strict=True)
+    ]
+    h, Y = (torch.empty(S, T, R, dtype=torch.float32, device=A.device) for S in splits)
+    launch(
+        shrink_kernel, (_blocks(T, tile.tokens), _blocks(R, rank_block), sum(splits)), some,
+        some if x is None else x, A, h, some if g is None else g, B, Y, scale, T,
+        some.stride(0), *A.stride(), some.stride(0) if g is None else g.stride(0), *B.stride(),
+        D_IN=D_in, D_OUT=D_out, R=R, SPLITS_IN=splits[0], STEPS_IN=steps[0], STEPS_OUT=steps[1],
+        BT=tile.tokens, BD=tile.width, BR=rank_block, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return h, Y
+
+
+def _check(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[int, int, int, int]:
+    """T, D_in, D_out, R of operands that fit together."""
+    for name, tensor in (("x", x), ("A", A), ("B", B)):
+        require(tensor.dim() == 2, f"{name} has shape {list(tensor.shape)}, needs 2 dimensions")
+    (T, D_in), (R, D_out) = x.shape, B.shape
+    require_rows("x", x, T, D_in, dtypes=HALF_OR_SINGLE)
+    require_rows("scale", scale, R, dtypes=_SINGLE)
+    require(A.shape == (D_in, R), f"A has shape {list(A.shape)}, needs {[D_in, R]}")
+    for name, tensor in (("A", A), ("B", B)):
+        require(tensor.dtype in HALF_OR_SINGLE, f"{name} is {tensor.dtype}, needs one of float32, bfloat16, float16")
+    return T, D_in, D_out, R
+
+
+def _tiles(x: Tensor) -> Lora:
+    return config_for(x.device).lora(x.dtype)
+
+
+def _rank_block(x: Tensor, R: int) -> int:
+    # 16: the K of the smallest product that tensor cores do; the interpreter would accept less
+    return min(config_for(x.device).rank_block, power_of_two(R, least=16))
+
+
+def _blocks(n: int, size: int) -> int:
+    return -(-n // size)

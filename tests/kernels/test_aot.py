@@ -1,0 +1,59 @@
+"""The ahead-of-time gate, in processes without the interpreter: every kernel compiles well for absent cards."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+KERNELS = {
+    "shrink_kernel", "expand_kernel", "gradient_kernel", "sum_kernel", "sgd_kernel", "moments_kernel", "adam_kernel",
+    "coefficients_kernel", "removal_kernel", "cross_entropy_kernel",
+}  # fmt: skip
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing")}
+    environment.pop("TRITON_INTERPRET", None)
+    command = (sys.executable, *command)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def test_every_kernel_compiles_without_a_fault():
+    done = run("-m", "ogpstream.kernels.aot")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert all(line.endswith("  ok") for line in lines)
+    for arch in ("sm_80", "sm_86", "sm_90"):
+        own = [line for line in lines if line.startswith(f"{arch} ")]
+        assert {line.split()[1] for line in own} == KERNELS
+        for kernel in ("shrink_kernel", "expand_kernel", "gradient_kernel"):
+            for dtype in ("bfloat16", "float16", "float32"):
+                assert any(f" {kernel} " in line and f" {dtype} " in line for line in own), (arch, kernel, dtype)
+
+
+def test_every_kernel_of_the_package_is_in_the_gate():
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
+    assert set(re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)) == KERNELS
+    # one that said nothing of its precision would multiply float32 in TF32
+    dots = re.findall(r"tl\.dot\(.*", sources)
+    assert len(dots) == 9 and all('input_precision="ieee"' in dot for dot in dots)
+
+
+def test_planted_faults_are_refused():
+    done = run(str(ROOT / "tests" / "kernels" / "planted_faults.py"))
+    assert done.returncode == 0, done.stderr
+    faults = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert faults["tf32_dot"] == "TF32: products are float32"
+    assert faults["spilling"].startswith("spills: ")
+    assert faults["no_tensor_cores"] == "no tensor cores for half precision: products are half"
+    assert re.search(r"\d+ bytes of shared memory, over the 101376 of sm_86", faults["too_much_shared"])
+    assert faults.keys() == {"tf32_dot", "spilling", "no_tensor_cores", "too_much_shared"}
+
+
+def test_the_gate_refuses_to_run_on_interpreted_kernels():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing"), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "ogpstream.kernels.aot", "sm_80"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "start without TRITON_INTERPRET" in done.stderr

@@ -1,0 +1,148 @@
+"""Every backend gives the results of the reference, operation by operation and in the learner."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ogpstream.kernels import dispatch, reference, triton_backend
+from ogpstream.kernels.launch import record_launches
+from ogpstream.kernels.triton_backend import warm_up
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["triton", "cublas"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv(dispatch.ENV, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_lora(dtype, bound, backend, problem, close):
+    p = problem(37, 40, 28, 12, dtype)
+    exact, trained = p.double(), slice(4, 8)
+    y, h = dispatch.lora_forward(*p.operands[:1], *p.operands[2:])
+    # as autograd hands it over: transposed in memory
+    g = p.g.T.contiguous().T
+    dA, dB, dx = dispatch.lora_backward(p.x, g, *p.operands[2:], trained=trained, h=h, base_dx=p.base_dx)
+    again = dispatch.lora_backward(p.x, g, *p.operands[2:], trained=trained)
+    y_ref, h_ref = reference.lora_forward(exact.x, exact.A, exact.B, exact.scale)
+    dA_ref, dB_ref, dx_ref = reference.lora_backward(*exact.operands, trained=trained, base_dx=exact.base_dx)
+    assert (y.dtype, dx.dtype, h.dtype, dA.dtype, dB.dtype) == (dtype, dtype, *3 * [torch.float32])
+    close(bound, y=(y, y_ref), h=(h, h_ref), dA=(dA, dA_ref), dB=(dB, dB_ref), dx=(dx, dx_ref))
+    close(bound, dA_again=(again[0], dA_ref), dB_again=(again[1], dB_ref))
+    close(bound, dx_alone=(again[2], reference.lora_backward(*exact.operands, trained=trained)[2]))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_projection(weighted, backend, orthonormal_rows, device, close):
+    rows, Z = orthonormal_rows(50, 70), torch.randn(70, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    weights = torch.linspace(0, 1, 50, device=device) if weighted else None
+    exact = Z.double()
+    coef_ref = reference.project_out_(exact, rows, weights=weights)
+    # from the host, as the learner's bases lie
+    coef = dispatch.project_out_(Z, rows.cpu(), weights=weights)
+    close(1e-6, Z=(Z, exact), coef=(coef, coef_ref))
+
+
+def test_optimizers_and_loss(backend, device, close):
+    def normal(*shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))).to(device)
+
+    w, g = normal(30, 5), normal(150).view(30, 5)
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    exact = [t.double() for t in (w, m, v)]
+    options = dict(step=1, lr=0.1, betas=(0.9, 0.99), eps=0.1)
+    dispatch.adam_(w, g, m, v, **options)
+    reference.adam_(exact[0], g, *exact[1:], **options)
+    dispatch.sgd_(w, g, lr=0.1)
+    reference.sgd_(exact[0], g, lr=0.1)
+    close(1e-6, w=(w, exact[0]), m=(m, exact[1]), v=(v, exact[2]))
+    target = torch.tensor([1, 3, 0], device=device)
+    loss, dlogits = dispatch.cross_entropy(normal(3, 77), target)
+    loss_ref, dlogits_ref = reference.cross_entropy(normal(3, 77).double(), target)
+    close(1e-6, loss=(loss, loss_ref), dlogits=(dlogits, dlogits_ref))
+
+
+def stream(model, **changes):
+    """Masters and served logits of a learner after 50 updates of single samples, and its report of each loss."""
+    config = LearnerConfig(
+        rank=3, lr=0.01, target_modules=("q_proj", "down_proj"), basis_columns=16, warm_samples=2, warm_tokens=8,
+        warm_share=0.25, learned_below=100.0, learned_share=0.0, settled_below=0.0, rehearsals=0, replay_every=0,
+        **changes,
+    )  # fmt: skip
+    learner = StreamLearner(model, None, config)
+    losses = []
+    for seed in range(50):
+        ids = torch.randint(4, 101, (7,), generator=torch.Generator().manual_seed(seed % 10)).tolist()
+        losses.append(learner.learn_one(Sample(prompt_ids=tuple(ids[:4]), completion_ids=tuple(ids[4:]))).loss)
+    with torch.no_grad():
+        logits = learner.model(input_ids=torch.arange(4, 24)[None].to(learner.model.device)).logits
+    return learner.state.store.expert("default").factors, logits, losses
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypatch, close):
+    def model():
+        return tiny_model("llama", num_hidden_layers=1)
+
+    monkeypatch.setenv(dispatch.ENV, "reference")
+    factors_ref, logits_ref, losses_ref = stream(model(), optimizer=optimizer)
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    with record_launches() as record:
+        factors, logits, losses = stream(model(), optimizer=optimizer)
+    assert len(record) > 50
+    close(1e-5, factors=(factors, factors_ref), logits=(logits, logits_ref))
+    close(1e-5, losses=(torch.tensor(losses), torch.tensor(losses_ref)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_warm_up_leaves_nothing_to_compile(dtype):
+    """Every kernel with every constant that samples of any length launch later was launched by the warm-up."""
+
+    def kernels(record):
+        return {(launch.name, *sorted(launch.options.items())) for launch in record}
+
+    shapes = [(200, 300, 48, slice(0, 8)), (200, 200, 16, slice(8, 16))]
+    cpu = torch.device("cpu")
+    with FakeTensorMode():
+        with record_launches() as record:
+            warm_up(shapes, dtype=dtype, device=cpu, tokens=3000, blocks=[(200, 16)], numels=[6400], vocabulary=50)
+        warm = kernels(record)
+        for D_in, D_out, R, trained in shapes:
+            A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
+            for T in (1, 2, 17, 100, 256, 257, 700, 1025, 2500, 3000):
+                x, g = torch.empty(T, D_in, dtype=dtype), torch.empty(T, D_out, dtype=dtype)
+                with record_launches() as record:
+                    _, h = triton_backend.lora_forward(x, A, B, torch.empty(R))
+                    triton_backend.lora_backward(x, g, A, B, torch.empty(R), trained=trained, h=h)
+                assert kernels(record) <= warm
+        w = torch.empty(6400)
+        with record_launches() as record:
+            triton_backend.project_out_(torch.empty(200, 16), torch.empty(150, 200))
+            triton_backend.sgd_(w, w, lr=0.1)
+            triton_backend.adam_(w, w, w.clone(), w.clone(), step=2, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+            triton_backend.cross_entropy(torch.empty(7, 50, dtype=dtype), torch.empty(7, dtype=torch.int64))
+        assert kernels(record) <= warm
+
+
+def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do():
+    code = (
+        "import torch; from ogpstream.kernels import dispatch\n"
+        "x = torch.zeros(2, 3)\n"
+        "try: dispatch.lora_forward(x, x.T[:, :1], x[:1], torch.ones(1))\n"
+        "except RuntimeError as error: print(error)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing"), dispatch.ENV: "triton"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("the triton kernels run on CUDA, this tensor is on cpu: set"), done.stderr
+    assert "OGPSTREAM_BACKEND=reference" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
