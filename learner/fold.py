@@ -84,14 +84,29 @@ def cut(U: Tensor, V: Tensor, rank: int) -> tuple[Held, Cut]:
         U: shape `[D_in, k]`.
         V: shape `[k, D_out]`.
     """
-    q_left, r_left = torch.linalg.qr(U.double())
-    q_right, r_right = torch.linalg.qr(V.double().T)
+    left, right = U.double(), V.double().T
+    whiten_left, r_left = _orthonormal(left)
+    whiten_right, r_right = _orthonormal(right)
     u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    keep = min(rank, int((s > NEGLIGIBLE * s[0]).sum()))
+    keep = min(rank, int((s > NEGLIGIBLE * s[:1]).sum()))
+    turn_left, turn_right = whiten_left @ u, whiten_right @ vt.T
     root = s[:keep].sqrt()
-    held = Held(((q_left @ u[:, :keep]) * root).to(U.dtype), (root[:, None] * (q_right @ vt[:keep].T).T).to(V.dtype))
+    halves = left @ (turn_left[:, :keep] * root), right @ (turn_right[:, :keep] * root)
+    held = Held(halves[0].to(U.dtype), halves[1].T.to(V.dtype))
     if keep < rank or keep == len(s):
         return held, Cut()
     rest = s[keep:]
-    dropped = Held((q_left @ (u[:, keep:] * rest)).to(U.dtype), (q_right @ vt[keep:].T).T.to(V.dtype))
+    dropped = Held((left @ (turn_left[:, keep:] * rest)).to(U.dtype), (right @ turn_right[:, keep:]).T.to(V.dtype))
     return held, Cut(float(rest[0]), float((rest**2).sum()), dropped)
+
+
+def _orthonormal(X: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, R) with X W orthonormal and X = (X W) R, for a tall X in float64.
+
+    Through the Gram matrix, a quarter of the time of a QR at 2048 x 40, where a fold happens in every linear of a model
+    at once. It squares the singular values, so directions under 1e-7 of the largest are left out.
+    """
+    values, vectors = torch.linalg.eigh(X.T @ X)
+    kept = values > 1e-14 * values[-1]
+    root, vectors = values[kept].sqrt(), vectors[:, kept]
+    return vectors / root, root[:, None] * vectors.T

@@ -112,3 +112,8 @@ def test_cutting_hundreds_of_times_does_not_drift() -> None:
         lost += one.first
     assert lost == 0.0
     assert _norm(_product(held) - before) <= 1e-6 * _norm(before)
+
+
+def test_nothing_cuts_to_nothing() -> None:
+    held, lost = cut(torch.zeros(7, 3), torch.randn(3, 5), 2)
+    assert (held.U.shape, held.V.shape, lost.first, lost.energy) == ((7, 0), (0, 5), 0.0, 0.0)
