@@ -116,10 +116,16 @@ class Applier:
         while self.state.position.done < record["updates"] and len(self.state.ring):
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
             updates.append((yield from self._rehearse(count, waiting=record["waiting_only"])))
+        admitted = sum(update.admitted for update in updates)
+        for name in self.state.store.active:
+            growth = self.updater.restart(name)
+            if growth is not None:
+                admitted += growth.admitted
+                yield "restart"
         self.state.counters.consolidations += 1
         losses = [loss for update in updates for loss in update.losses]
         return RehearsalReport(len(updates), self.state.store.served.version,
-                               sum(losses) / len(losses) if losses else None, sum(u.admitted for u in updates))
+                               sum(losses) / len(losses) if losses else None, admitted)
 
     def _rehearse(self, count: int, *, waiting: bool) -> Generator[str, None, Update]:
         """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""

@@ -54,7 +54,7 @@ class LearnerConfig:
     settled_below: float = 0.1  # nats per token under which a sample no longer moves the adapter
     directions_per_sample: int = 1  # candidates per linear input and learned sample
     held_rank: int | None = 32  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
-    restart_every: int = 100  # updates of an expert after which its factors are folded whole and start anew; 0 never
+    restart_after: int = 50  # updates of an expert from which on a consolidation restarts its factors; 0 never
     restart_directions: int = 2  # of those it read most, per linear input, that join P then
     use_window: int = 1000  # updates over which the use of a direction is counted
 
@@ -97,7 +97,7 @@ class LearnerConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample", "settled_below",
-                     "base_anchor", "restart_every", "restart_directions", "shared_tokens"):
+                     "base_anchor", "restart_after", "restart_directions", "shared_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share"):

@@ -193,7 +193,7 @@ class Protection:
             block = layout.a_block(factors, key)
             block.copy_(remove(block, self._live(key).to(block.dtype))[0])
         change.commit()
-        expert.factors = factors
+        expert.factors, expert.started = factors, expert.steps
         # the second moment stays: the size of the gradients is that of the samples, not of the factors' history
         expert.exp_avg = None if expert.exp_avg is None else torch.zeros_like(expert.exp_avg)
         return growth

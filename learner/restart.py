@@ -1,10 +1,10 @@
 """The restart: an expert's plastic factors are folded whole into its held part, and start anew at right angles to P.
 
-Between restarts the columns of A turn towards the inputs of what was learned, so every later move of B is felt by those
-inputs too, as far as they lie outside P. A fresh A reads them no more than any others, and B = 0 moves nothing. As in
-ReLoRA (Lialin et al. 2023, arXiv:2307.05695) the function stays what it was; here the product goes to the held part,
-and the directions that it read most join P first, which is what keeps the subspaces of tasks apart in O-LoRA (Wang et
-al. 2023, arXiv:2310.14152), without knowing tasks.
+It ends a consolidation, when what was learned is rehearsed and settled. Until then the columns of A turn towards the
+inputs of what is learned, and every later move of B would be felt by those inputs too, as far as they lie outside P. A
+fresh A reads them no more than any others, and B = 0 moves nothing. As in ReLoRA (Lialin et al. 2023, arXiv:2307.05695)
+the function stays what it was; here the product goes to the held part, and the directions that it read most join P
+first, which is what keeps the subspaces of tasks apart in O-LoRA (Wang et al. 2023, arXiv:2310.14152).
 """
 
 from __future__ import annotations

@@ -100,9 +100,6 @@ class Updater:
         for gradient, counts in zip(gradients, learned, strict=True):
             if counts:
                 growth += self.protection.grow(expert.layout, gradient, self._active())
-        if proposal is not None and self._restarts(expert):
-            others = [other for other in self._active() if other is not expert]
-            growth += self.protection.restart(expert, others)
         if proposal is not None or growth.admitted:
             self.publish()
         return Update(tuple(losses), tuple(norms), tuple(learned), None,
@@ -123,14 +120,20 @@ class Updater:
         """Serve the masters as they are now: one assignment, seen by all linears at once."""
         self.attachment.binding.served = self.store.publish()
 
-    def _active(self) -> list[Expert]:
-        return [self.store.expert(name) for name in self.store.active]
-
-    def _restarts(self, expert: Expert) -> bool:
-        config = self.config
+    def restart(self, name: str) -> Growth | None:
+        """Restart an active expert that made enough updates since its last start, and publish; None if it did not."""
+        config, expert = self.config, self.store.expert(name)
         # a held part of a lower rank could not take an imported adapter in whole
         fits = config.held_rank is None or expert.rank <= config.held_rank
-        return self.protection.folds and fits and bool(config.restart_every) and not expert.steps % config.restart_every
+        due = 0 < config.restart_after <= expert.steps - expert.started
+        if not (self.protection.folds and fits and due):
+            return None
+        growth = self.protection.restart(expert, [other for other in self._active() if other is not expert])
+        self.publish()
+        return growth
+
+    def _active(self) -> list[Expert]:
+        return [self.store.expert(name) for name in self.store.active]
 
     def _is_learned(self, lesson: Lesson, reading: Reading) -> bool:
         config = self.config

@@ -35,8 +35,9 @@ class Expert:
     """One adapter. Slabs are flat `[layout.numel]`, lists have one entry per site; tensors are replaced
     whole.
 
-    `folded` maps a basis key to the basis version the expert was last folded against. `discarded` sums the
-    first discarded singular value of every cut of the held part since creation, `discarded_sq` their squares.
+    `started` is the step at which the factors last started anew. `folded` maps a basis key to the basis version the
+    expert was last folded against. `discarded` sums the first discarded singular value of every cut of the held part
+    since creation, `discarded_sq` their squares.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Expert:
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
     steps: int = 0
+    started: int = 0
     folded: dict[str, int] = field(default_factory=dict)
     frozen: bool = False
 
@@ -79,6 +81,7 @@ class Expert:
             "rank": self.rank,
             "scaling": self.scaling,
             "steps": self.steps,
+            "started": self.started,
             "held_ranks": [held.rank for held in self.held],
             "moments": [self.exp_avg is not None, self.exp_avg_sq is not None],
             "folded": dict(self.folded),
@@ -134,6 +137,7 @@ class Expert:
             exp_avg=moments[0],
             exp_avg_sq=moments[1],
             steps=int(entry["steps"]),
+            started=int(entry["started"]),
             folded={str(basis): int(version) for basis, version in entry["folded"].items()},
             frozen=bool(entry["frozen"]),
         )

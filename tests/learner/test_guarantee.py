@@ -113,6 +113,8 @@ class Bench:
             except StopIteration as end:
                 self.look()
                 report: update.Update = end.value
+                self.updater.restart(name)
+                self.look()
                 assert report.refusal is None
                 return report
 
@@ -165,13 +167,13 @@ class Setting:
     held_rank: int | None = None
     guard: str = "fold"
     columns: int = 6
-    restart_every: int = 0
+    restart_after: int = 0
 
     def config(self) -> LearnerConfig:
         return LearnerConfig(
             optimizer=self.optimizer, lr=self.lr, weight_decay=self.weight_decay,  # type: ignore[arg-type]
             held_rank=self.held_rank, guard=self.guard, basis_columns=self.columns,  # type: ignore[arg-type]
-            directions_per_sample=2, use_window=10, warm_start=False, restart_every=self.restart_every,
+            directions_per_sample=2, use_window=10, warm_start=False, restart_after=self.restart_after,
         )
 
 
@@ -198,14 +200,14 @@ def _run(bench: Bench, story: Sequence[tuple[Any, ...]]) -> None:
 @settings(max_examples=12)
 @given(
     story=events, bases=st.sampled_from([LAYER, SHARED]), held_rank=st.sampled_from([None, 2, 4]),
-    restart_every=st.sampled_from([0, 3]),
+    restart_after=st.sampled_from([0, 3]),
 )
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_protected_outputs_do_not_move(
     bare: tf.PreTrainedModel, setting: Setting, story: list[Any], bases: dict[str, str], held_rank: int | None,
-    restart_every: int,
+    restart_after: int,
 ) -> None:
-    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_every=restart_every).config(), bases)
+    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_after=restart_after).config(), bases)
     _run(bench, story)
     assert bench.worst <= LIMIT
 
@@ -226,15 +228,15 @@ def _long_story() -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("held_rank", "bases", "restart_every"),
+    ("held_rank", "bases", "restart_after"),
     [(None, LAYER, 0), (None, SHARED, 0), (2, LAYER, 0), (None, LAYER, 7), (4, SHARED, 7)],
     ids=["layer", "shared", "layer, cut", "layer, restarts", "shared, restarts, cut"],
 )
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_a_long_story_with_everything_in_it(
-    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str], restart_every: int
+    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str], restart_after: int
 ) -> None:
-    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_every=restart_every).config(), bases)
+    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_after=restart_after).config(), bases)
     seen: dict[str, int] = {"admitted": 0, "replaced": 0, "late": 0}
     for event, *arguments in _long_story():
         versions = {key: basis.version for key, basis in bench.protection.bases.items()}
@@ -297,7 +299,7 @@ def test_a_planted_fault_is_seen(
     if fault is not None:
         fault(monkeypatch)
     setting = Setting(guard="gradient" if fault is None else "fold", columns=16,
-                      restart_every=5 if fault is _restart_anywhere else 0)
+                      restart_after=5 if fault is _restart_anywhere else 0)
     bench = Bench(bare, setting.config(), LAYER)
     meter = DriftMeter(bench.protection, bench.store)
     for event in _long_story():

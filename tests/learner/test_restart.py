@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ogpstream.learner import LearnerConfig
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.restart import fresh_factors, read_directions
 from ogpstream.memory.adapters import AdapterStore
@@ -93,7 +97,7 @@ def test_a_restart_keeps_the_function_and_frees_the_factors(directions: int) -> 
         assert 0.5 < float(expert.layout.a_block(expert.factors, key).norm(dim=0).mean()) < 1.2
     assert not any(expert.b(index).any() for index in range(len(SITES)))
     assert expert.exp_avg is not None and not expert.exp_avg.any()
-    assert expert.exp_avg_sq is not None and expert.exp_avg_sq.any() and expert.steps == 7
+    assert expert.exp_avg_sq is not None and expert.exp_avg_sq.any() and expert.steps == expert.started == 7
     assert other.exp_avg is not None and other.exp_avg.any()
 
 
@@ -112,3 +116,37 @@ def test_what_the_cut_drops_at_a_restart_is_reported() -> None:
         assert expert.held[index].rank == 5
         assert 0 < float(torch.linalg.matrix_norm(now - was, 2)) <= lost * (1 + 1e-5)
     assert set(cuts) == {0, 1, 2}
+
+
+def _sample(seed: int) -> Sample:
+    ids = torch.randint(4, 101, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Sample(prompt_ids=tuple(ids[:5]), completion_ids=tuple(ids[5:]))
+
+
+def test_a_consolidation_ends_with_a_restart_of_what_was_trained(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    config = LearnerConfig(rank=3, held_rank=None, warm_start=False, restart_after=5, rehearsals=0)
+    learner = StreamLearner(tiny_model("llama"), config=config)
+    expert = learner.state.store.expert("default")
+    for seed in range(4):
+        learner.learn_one(_sample(seed))
+    version, columns = learner.version, learner.state.protection.columns
+    report = learner.consolidate(1)
+    assert (expert.steps, expert.started) == (5, 5) and not any(expert.b(i).any() for i in range(len(expert.held)))
+    assert report.admitted >= learner.state.protection.columns - columns > 0
+    # the update and the restart are versions of their own, and what is served is what the masters say
+    assert learner.version == report.version == version + 2
+    served = learner.state.store.served.packs[0]
+    assert served is not None and torch.equal(served.A[:, :3], expert.a(0))
+    learner.consolidate(1)
+    assert (expert.steps, expert.started) == (6, 5) and expert.b(0).any()
+    learner.close()
+
+
+@pytest.mark.parametrize("changes", [{"restart_after": 0}, {"guard": "none"}, {"held_rank": 2}])
+def test_some_experts_never_restart(tiny_model: Callable[..., PreTrainedModel], changes: dict[str, Any]) -> None:
+    config = LearnerConfig(**{"rank": 3, "warm_start": False, "restart_after": 1, **changes})
+    learner = StreamLearner(tiny_model("llama"), config=config)
+    learner.learn_one(_sample(0))
+    learner.consolidate(2)
+    assert learner.state.store.expert("default").started == 0 < learner.state.store.expert("default").steps
+    learner.close()
