@@ -36,7 +36,7 @@ from ogpstream.profiling.evaluate import Trigram, perplexity
 from ogpstream.profiling.muon import Muon
 
 # raise it with every change of this file that changes the model that comes out
-CODE_VERSION = 1
+CODE_VERSION = 2
 MIN_TEXT_BYTES = 1_000_000
 DOCUMENT_CHARS = 800
 BOS = "<s>"
