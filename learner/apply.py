@@ -100,7 +100,10 @@ class Applier:
         # rehearsal in the same update takes the place of the replayed sample after every 16th
         every = 0 if record["rehearsals"] else self.config.replay_every
         if every and counters.learned % every == 0 and self.state.position.done == 1:
-            updates.append((yield from self._rehearse(1, waiting=False)))
+            newest = ring.find(counters.acknowledged)
+            new_one = [] if newest is None else [ring.get(newest)]
+            if len(ring) > len(new_one):
+                updates.append((yield from self._rehearse(1, waiting=False, but=new_one)))
         return self._report(record, "learned", started, loss, updates, None)
 
     def _report(self, record: Record, status: Any, started: float, loss: float | None, updates: list[Update],
@@ -127,10 +130,10 @@ class Applier:
         return RehearsalReport(len(updates), self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, admitted)
 
-    def _rehearse(self, count: int, *, waiting: bool) -> Generator[str, None, Update]:
+    def _rehearse(self, count: int, *, waiting: bool, but: Sequence[Slot] = ()) -> Generator[str, None, Update]:
         """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
         unrehearsed = self.state.unrehearsed() if waiting else []
-        slots = unrehearsed[:1] or self._draw(1)
+        slots = unrehearsed[:1] or self._draw(1, but=but)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
         self._make_active(slots[0].expert)
         update = yield from self.updater.run(slots[0].expert, [_lesson(slot) for slot in slots])
@@ -196,7 +199,7 @@ class Applier:
             case "expert":
                 self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])
             case "import":
-                adapter = peft_io.read_adapter(record["folder"], self.updater.attachment)
+                adapter = peft_io.read_adapter(self.folder.imported(record["folder"]), self.updater.attachment)
                 self.adopt(record["name"], adapter.rank, adapter.scaling, adapter.factors)
             case "activate":
                 self.serve(record["gates"])

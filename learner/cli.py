@@ -296,8 +296,9 @@ def _same_settings(state: Path, given: dict[str, Any], saved: dict[str, Any]) ->
 
 
 def _texts(file: Path, settings: LearnerConfig) -> list[str]:
-    if not settings.warm_start:
-        raise ConfigError("calibration texts serve the warm start, and warm_start = false leaves it out: drop one")
+    if not settings.warm_start or settings.guard != "fold":
+        raise ConfigError("calibration texts serve the warm start, which needs warm_start = true and guard = fold: "
+                          "set these, or drop the texts")
     try:
         texts = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     except ValueError as error:

@@ -55,16 +55,17 @@ class LearnerConfig:
     directions_per_sample: int = 1  # candidates per linear input and learned sample
     held_rank: int | None = 32  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
     restart_after: int = 50  # updates of an expert from which on a consolidation restarts its factors; 0 never
+    restart_loss: float = 0.1  # share of what an expert computes that the cut may cost a restart; else it waits
     restart_directions: int = 2  # of those it read most, per linear input, that join P then
     use_window: int = 1000  # updates over which the use of a direction is counted
 
     # warm start of P
-    warm_start: bool = True  # protect what the base model itself uses, before the first update
+    warm_start: bool = True  # protect what the base model itself uses, before the first update; with the fold only
     warm_energy: float = 0.9  # share of the base's input energy that is protected
     warm_share: float = 0.5  # of m, at most, for these directions
     warm_samples: int = 64  # of the model's own, where no calibration text is given
     warm_tokens: int = 96  # tokens each
-    base_anchor: float = 1e-2  # pull on what an expert adds to the base's own inputs, per update; 0 is off
+    base_anchor: float = 1e-2  # pull on what plastic factors add to the base's inputs (of the warm start); 0 is off
 
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring
@@ -97,12 +98,26 @@ class LearnerConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
         for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample", "settled_below",
-                     "base_anchor", "restart_after", "restart_directions", "shared_tokens"):
+                     "base_anchor", "restart_after", "restart_directions", "shared_tokens", "eps", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
-        for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share"):
+        for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share", "restart_loss"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
+        for name in ("lr", "alpha", "weight_decay", "base_anchor", "settled_below", "learned_below", "eps"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be a finite number")
+        for name in ("rank", "basis_columns", "use_window", "ring_samples", "max_tokens", "seed"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be an integer")
+        if not self.novelty < 1.0:
+            raise ConfigError(f"novelty is {self.novelty}: no direction lies outside P by more than all of it")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"betas are {self.betas}: they must lie in [0, 1)")
+        if self.basis_columns > 512:
+            raise ConfigError(f"basis_columns is {self.basis_columns}: a basis has at most 512 directions")
+        if self.use_window % 10:
+            raise ConfigError(f"use_window is {self.use_window}: it must be a multiple of 10")
         if self.held_rank is not None and self.held_rank < 1:
             raise ConfigError(f"held_rank is {self.held_rank}: it must be at least 1, or null to keep all")
         if self.total_updates is not None and self.total_updates <= self.warmup:

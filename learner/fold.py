@@ -85,6 +85,10 @@ def cut(U: Tensor, V: Tensor, rank: int) -> tuple[Held, Cut]:
         V: shape `[k, D_out]`.
     """
     left, right = U.double(), V.double().T
+    # columns of equal size on both sides: else a small one beside a large one would fall under what is kept
+    sizes = left.norm(dim=0), right.norm(dim=0)
+    balance = torch.where((sizes[0] > 0) & (sizes[1] > 0), (sizes[1] / sizes[0]).sqrt(), torch.zeros_like(sizes[0]))
+    left, right = left * balance, right * torch.where(balance > 0, 1 / balance, 0.0)
     whiten_left, r_left = _orthonormal(left)
     whiten_right, r_right = _orthonormal(right)
     u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)

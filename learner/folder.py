@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ogpstream.learner.errors import StateError
 from ogpstream.memory.canonical import canonical_json
+from ogpstream.memory.files import fsync_folder, write_file
 from ogpstream.memory.frames import JournalDamaged
 from ogpstream.memory.journal import Journal, JournalFailed, JournalLocked
 from ogpstream.memory.snapshot import Snapshot, SnapshotDamaged, SnapshotFormat, SnapshotStore
@@ -46,7 +48,7 @@ class StateFolder:
             except BaseException:
                 self.journal.close()
                 raise
-        self._quarantined: set[tuple[int, str]] | None = None
+        self._quarantined: set[int] | None = None
         if not readonly and self.empty and self.journal.last_seq:
             self.journal.close()
             raise StateError(f"{self.path} is damaged: it has a journal and no snapshot; "
@@ -104,28 +106,39 @@ class StateFolder:
     def quarantine(self, entry: Mapping[str, Any]) -> None:
         """Keep a sample that is not learned, with the reason, for a person to review.
 
-        A record that is applied again after a kill is not kept a second time.
+        A record is kept once, with its first reason: not again when it is applied again after a kill, or undone by a
+        rollback after it was refused.
         """
         with self._named(), open(self.path / "quarantine.jsonl", "ab+") as file:
             if self._quarantined is None:
                 self._quarantined = _entries(file)
-            key = (entry["seq"], entry["reason"])
-            if key in self._quarantined:
+            if entry["seq"] in self._quarantined:
                 return
-            self._quarantined.add(key)
+            self._quarantined.add(entry["seq"])
             file.write(canonical_json(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def keep_import(self, adapter: Path, name: str) -> Path:
-        """Copy an adapter folder in, so that the journal can name it; returns the copy."""
+    def keep_import(self, adapter: Path, name: str) -> str:
+        """Copy an adapter's files in, so that the journal can name it: whole or not at all; returns its name here."""
         with self._named():
-            copy = self.path / "imports" / f"{name}-{self.journal.last_seq + 1}"
-            shutil.copytree(adapter, copy, dirs_exist_ok=True)
-            for file in copy.iterdir():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
+            place, copy = self.path / "imports", f"{name}-{self.journal.last_seq + 1}"
+            place.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place) as folder:
+                made = Path(folder) / copy
+                made.mkdir()
+                for file in (*adapter.glob("adapter_config.json"), *adapter.glob("adapter_model.*")):
+                    write_file(made / file.name, file.read_bytes())
+                fsync_folder(made)
+                shutil.rmtree(place / copy, ignore_errors=True)
+                made.rename(place / copy)
+            fsync_folder(place)
+            fsync_folder(self.path)
             return copy
+
+    def imported(self, name: str) -> Path:
+        """Where the adapter of that name is; the state folder may have been moved since."""
+        return self.path / "imports" / name
 
     def versions(self) -> list[int]:
         return sorted(self.snapshots.versions())
@@ -158,8 +171,8 @@ class StateFolder:
             raise StateError(f"{self.path}: {error}") from error
 
 
-def _entries(file: BinaryIO) -> set[tuple[int, str]]:
-    """(seq, reason) of what a quarantine holds; a line that a kill left half written is cut off."""
+def _entries(file: BinaryIO) -> set[int]:
+    """The journal numbers of what a quarantine holds; a line that a kill left half written is cut off."""
     file.seek(0)
     entries = set()
     end = 0
@@ -167,8 +180,7 @@ def _entries(file: BinaryIO) -> set[tuple[int, str]]:
         if not line.endswith(b"\n"):
             break
         end += len(line)
-        entry = json.loads(line)
-        entries.add((entry["seq"], entry["reason"]))
+        entries.add(json.loads(line)["seq"])
     file.truncate(end)
     return entries
 
@@ -204,8 +216,11 @@ class MemoryFolder:
     def quarantine(self, entry: Mapping[str, Any]) -> None:
         """Counted by the learner, kept nowhere."""
 
-    def keep_import(self, adapter: Path, name: str) -> Path:
-        return adapter
+    def keep_import(self, adapter: Path, name: str) -> str:
+        return str(adapter)
+
+    def imported(self, name: str) -> Path:
+        return Path(name)
 
     def versions(self) -> list[int]:
         return sorted(self._saves)

@@ -6,7 +6,9 @@ records after the newest snapshot, so a run that was killed ends in the state of
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
@@ -32,6 +34,9 @@ from ogpstream.memory.experts import Expert
 DEFAULT_EXPERT = "default"
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000
+
+# names of files and of PEFT adapters are made of it
+_NAME = re.compile(r"\w[\w.-]*")
 
 Verifier = Callable[[str, str], Sample | None]
 T = TypeVar("T")
@@ -195,6 +200,7 @@ class StreamLearner:
             "basis_columns": self.state.protection.columns,
             "ring_samples": len(self.state.ring),
             "experts": list(self.experts),
+            "held_discarded": max(max(self._expert(name).discarded) for name in self.experts),
             "state_sha256": self.state_sha256(),
         }
 
@@ -228,11 +234,16 @@ class StreamLearner:
         The sample is acknowledged before the first unit. Closing the generator aborts the unit's update; the sample
         stays pending and is learned by the next call of any learning method.
         """
-        if self._known(sample):
+        if sample.id is not None and sample.id in self.state.seen:
             self.last_report = SampleReport(sample.id, "skipped", self.version)
             return self.last_report
-        self._acknowledge([self._record(sample, rehearsals=0)])
-        report = yield from self._drain()
+        # one that an aborted step has left pending is not acknowledged twice
+        if sample.id is None or all(record.get("id") != sample.id for record in self._pending):
+            self._acknowledge([self._record(sample, rehearsals=0)])
+        report: Report = None
+        while self._pending:
+            done = yield from self._apply_next()
+            report = done if isinstance(done, SampleReport) else report
         assert isinstance(report, SampleReport)
         return report
 
@@ -311,6 +322,8 @@ class StreamLearner:
 
         What is learned by then joins P. The idle time of a server is the place for it.
         """
+        if updates is not None and updates < 0:
+            raise ConfigError(f"updates is {updates}: give 0 or more, or nothing for all that waits")
         self.drain()
         count = len(self.state.unrehearsed()) if updates is None else updates
         if not count or not len(self.state.ring):
@@ -330,11 +343,14 @@ class StreamLearner:
         """A new expert that computes nothing yet.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken or no name, or the rank does not fit the adapted linears.
         """
-        if name in self.experts:
-            raise ConfigError(f"there is an expert {name!r} already")
-        self._acknowledge([{"kind": "expert", "name": name, "rank": rank or self.config.rank}])
+        rank = self.config.rank if rank is None else rank
+        self._check_new(name)
+        narrowest = min(min(site.d_in, site.d_out) for site in self.attachment.shapes)
+        if not 1 <= rank <= narrowest:
+            raise ConfigError(f"rank is {rank}: an expert of this model has a rank of 1 to {narrowest}")
+        self._acknowledge([{"kind": "expert", "name": name, "rank": rank}])
         self.drain()
 
     def activate(self, gates: dict[str, float]) -> None:
@@ -347,6 +363,9 @@ class StreamLearner:
         if unknown or not 0 < len(gates) <= self.config.max_active:
             raise ConfigError(f"cannot serve {', '.join(gates) or 'nothing'}: give 1 to {self.config.max_active} of "
                               f"{', '.join(self.experts)}")
+        for name, gate in gates.items():
+            if not math.isfinite(gate):
+                raise ConfigError(f"the gate of {name} is {gate}: it must be a finite number")
         self._acknowledge([{"kind": "activate", "gates": gates}])
         self.drain()
 
@@ -368,14 +387,13 @@ class StreamLearner:
 
         Raises:
             StateError, ModelError: it cannot be read or does not fit the adapted linears.
-            ConfigError: the name is taken.
+            ConfigError: the name is taken, or no name.
         """
-        if expert in self.experts:
-            raise ConfigError(f"there is an expert {expert!r} already")
+        self._check_new(expert)
         peft_io.read_adapter(folder, self.attachment)
         # the journal names the adapter, so the state folder keeps a copy of it
         source = self._applier.folder.keep_import(Path(folder), expert)
-        self._acknowledge([{"kind": "import", "name": expert, "folder": str(source)}])
+        self._acknowledge([{"kind": "import", "name": expert, "folder": source}])
         self.drain()
 
     # state
@@ -427,22 +445,22 @@ class StreamLearner:
 
     # records: acknowledged in the journal, then applied in order
 
-    def _known(self, sample: Sample) -> bool:
-        return sample.id is not None and sample.id in self.state.seen
-
     def _record(self, sample: Sample, *, rehearsals: int) -> Record:
         if not sample.trained:
             return {"kind": "kept", "id": sample.id, "reason": "marked as wrong by its source",
                     "sample": sample.to_dict()}
         encoded = self.encode(sample)
         return {"kind": "sample", "id": sample.id, "ids": list(encoded.ids), "prompt_length": encoded.prompt_length,
-                "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals}
+                "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals,
+                # for a person who reviews what was refused or undone
+                "source": sample.source, "meta": sample.meta}
 
     def _acknowledge(self, records: Sequence[Record]) -> None:
         folder = self._applier.folder
-        written = [{**record, "seq": folder.append(record)} for record in records]
+        for record in records:
+            # pending before it is safe on disk: a journal whose disk is full keeps the record for its next sync
+            self._pending.append({**record, "seq": folder.append(record)})
         folder.sync()
-        self._pending.extend(written)
 
     def _drain(self) -> Generator[str, None, Report]:
         report = None
@@ -451,11 +469,19 @@ class StreamLearner:
         return report
 
     def _apply_next(self) -> Generator[str, None, Report]:
+        # what a failed sync has left is on the disk before it acts
+        self._applier.folder.sync()
         report = yield from self._applier.apply(self._pending[0])
         self._pending.popleft()
         if isinstance(report, SampleReport):
             self.last_report = report
         return report
+
+    def _check_new(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '.', '_' and '-'")
+        if name in self.experts:
+            raise ConfigError(f"there is an expert {name!r} already")
 
     def _expert(self, name: str) -> Expert:
         try:

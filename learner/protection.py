@@ -17,7 +17,7 @@ from torch import Tensor
 from ogpstream.kernels import dispatch
 from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.fold import add_to_held, remove
+from ogpstream.learner.fold import Cut, add_to_held, remove
 from ogpstream.learner.restart import fresh_factors, read_directions
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert, Held
@@ -88,9 +88,8 @@ class Protection:
                 continue
             block = layout.a_block(slab, key)
             energy = block.square().sum()
-            # on a CPU all chunks of 32 at once: 8 x fewer matrix products of a size where calls dominate
-            chunk = 32 if block.is_cuda else len(rows)
-            coefficients = dispatch.project_out_(block, rows.to(block.dtype), chunk=chunk)
+            # masters are host tensors: all chunks of 32 at once, 8 x fewer products of a size where calls dominate
+            coefficients = dispatch.project_out_(block, rows.to(block.dtype), chunk=len(rows))
             used[key] = torch.zeros(len(basis.rows()), dtype=torch.bool)
             used[key][: len(rows)] = (coefficients.square().sum(1) > USED * energy).cpu()
         return used
@@ -114,6 +113,8 @@ class Protection:
         """
         found = {}
         for key, covariance in covariances.items():
+            if not float(covariance.trace()) > 0:
+                continue  # of a linear that no text has reached, such as a routed expert's
             values, vectors = torch.linalg.eigh(covariance)
             values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
             held = values.cumsum(0) / values.sum()
@@ -175,19 +176,23 @@ class Protection:
                      if basis.columns and expert.folded.get(key, -1) != basis.version]
             self._fold(expert, {key: self._live(key) for key in stale})
 
-    def restart(self, expert: Expert, others: Sequence[Expert]) -> Growth:
-        """Fold an expert's plastic factors whole and start them anew outside P; what it computes stays what it was.
+    def restart(self, expert: Expert, others: Sequence[Expert]) -> Growth | None:
+        """Fold an expert's plastic factors whole and start them anew outside P.
+
+        What it computes stays what it was, but for what the cut to rank r_c drops.
 
         Args:
             others: active experts, which fold what joins P.
+
+        Returns:
+            None, and nothing has changed, where the cut would cost more than the share `restart_loss`.
         """
+        if self._whole_fold(expert).loss() > self.config.restart_loss:
+            return None
         found = read_directions(expert, self.config.restart_directions)
         growth = self.admit(found, [expert, *others]) if self.config.restart_directions else Growth()
-        layout, old = expert.layout, expert.factors  # as admission has left them
-        every = torch.eye(expert.rank, dtype=old.dtype)
-        change = _HeldChange(expert, self)
-        for site in range(len(layout.sites)):
-            change.add(site, layout.a(old, site), every, layout.b(old, site))
+        # of the factors as admission has left them
+        change, layout, old = self._whole_fold(expert), expert.layout, expert.factors
         factors = fresh_factors(layout, self.config.seed, expert.name, expert.steps, dtype=old.dtype)
         for key in self.bases:
             block = layout.a_block(factors, key)
@@ -197,6 +202,12 @@ class Protection:
         # the second moment stays: the size of the gradients is that of the samples, not of the factors' history
         expert.exp_avg = None if expert.exp_avg is None else torch.zeros_like(expert.exp_avg)
         return growth
+
+    def _whole_fold(self, expert: Expert) -> _HeldChange:
+        change, every = _HeldChange(expert, self), torch.eye(expert.rank, dtype=expert.factors.dtype)
+        for site in range(len(expert.layout.sites)):
+            change.add(site, expert.a(site), every, expert.b(site))
+        return change
 
     def _live(self, key: str) -> Tensor:
         basis = self.bases[key]
@@ -264,22 +275,31 @@ class _HeldChange:
 
     def __init__(self, expert: Expert, protection: Protection) -> None:
         self._expert, self._protection = expert, protection
-        self._held, self._dropped = list(expert.held), list(expert.discarded)
-        self._dropped_sq = list(expert.discarded_sq)
+        self._held = list(expert.held)
+        self._cuts: list[tuple[int, Cut]] = []
 
     def add(self, site: int, directions: Tensor, coefficients: Tensor, B: Tensor) -> None:
         """Add directions (scaling * coefficients B) to the held part of a site: see `fold.add_to_held`."""
-        expert, protection = self._expert, self._protection
-        self._held[site], cut = add_to_held(self._held[site], directions, coefficients, B, expert.scaling,
-                                            protection.config.held_rank)
-        self._dropped[site] += cut.first
-        self._dropped_sq[site] += cut.energy
-        if cut.dropped is not None and protection.on_cut is not None:
-            protection.on_cut(expert.name, site, cut.dropped)
+        self._held[site], cut = add_to_held(self._held[site], directions, coefficients, B, self._expert.scaling,
+                                            self._protection.config.held_rank)
+        self._cuts.append((site, cut))
+
+    def loss(self) -> float:
+        """What the cuts drop, as a share of the new held parts: root of the sums of squares."""
+        dropped = sum(cut.energy for _, cut in self._cuts)
+        # |U V|^2 = tr(U.T U V V.T)
+        kept = sum(float(((h.U.T @ h.U) * (h.V @ h.V.T)).sum()) for h in self._held)
+        return (dropped / (dropped + kept)) ** 0.5 if dropped else 0.0
 
     def commit(self) -> None:
-        self._expert.held, self._expert.discarded = self._held, self._dropped
-        self._expert.discarded_sq = self._dropped_sq
+        expert, on_cut = self._expert, self._protection.on_cut
+        expert.held = self._held
+        expert.discarded, expert.discarded_sq = list(expert.discarded), list(expert.discarded_sq)
+        for site, cut in self._cuts:
+            expert.discarded[site] += cut.first
+            expert.discarded_sq[site] += cut.energy
+            if cut.dropped is not None and on_cut is not None:
+                on_cut(expert.name, site, cut.dropped)
 
 
 def candidates(gradient: Tensor, at_most: int) -> Tensor:

@@ -69,6 +69,8 @@ def _look(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
         "basis_columns": sum(int(tensor.sum()) for name, tensor in snapshot.tensors.items() if _LIVE.fullmatch(name)),
         "ring_samples": len(snapshot.tensors["ring.slots"]),
         "experts": [expert["name"] for expert in meta["experts"]["experts"]],
+        # the most that cuts may have moved x W of one linear, per |x|
+        "held_discarded": max(max(expert["discarded"]) for expert in meta["experts"]["experts"]),
         "state_sha256": canonical_hash(snapshot.tensors, {k: v for k, v in meta.items() if k not in ASIDE}),
     }
     return status, problems

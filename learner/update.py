@@ -121,7 +121,7 @@ class Updater:
         self.attachment.binding.served = self.store.publish()
 
     def restart(self, name: str) -> Growth | None:
-        """Restart an active expert that made enough updates since its last start, and publish; None if it did not."""
+        """Restart an active expert that made enough updates since its last start, and publish; None if it stays."""
         config, expert = self.config, self.store.expert(name)
         # a held part of a lower rank could not take an imported adapter in whole
         fits = config.held_rank is None or expert.rank <= config.held_rank
@@ -129,7 +129,8 @@ class Updater:
         if not (self.protection.folds and fits and due):
             return None
         growth = self.protection.restart(expert, [other for other in self._active() if other is not expert])
-        self.publish()
+        if growth is not None:
+            self.publish()
         return growth
 
     def _active(self) -> list[Expert]:

@@ -37,7 +37,7 @@ class Expert:
 
     `started` is the step at which the factors last started anew. `folded` maps a basis key to the basis version the
     expert was last folded against. `discarded` sums the first discarded singular value of every cut of the held part
-    since creation, `discarded_sq` their squares.
+    since creation, `discarded_sq` the squares of all discarded ones.
     """
 
     name: str

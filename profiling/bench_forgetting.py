@@ -78,8 +78,7 @@ def bench_forgetting(
         raise typer.BadParameter(f"unknown method {', '.join(unknown)}: use {', '.join(get_args(Method))}")
     if threads:
         torch.set_num_threads(threads)
-    settings = {name: json.loads(value) for name, _, value in (item.partition("=") for item in set_ or [])}
-    rates = {name: float(value) for name, _, value in (item.partition("=") for item in lr or [])}
+    settings, rates = _values(set_ or [], "--set"), _values(lr or [], "--lr")
     lines = texts.read_text("utf-8").splitlines() if texts else []
     held_out = [line for line in lines if len(line) > TEXT_CHARS][:TEXTS]
     rows = []
@@ -101,6 +100,20 @@ def bench_forgetting(
             writer.writerows(rows)
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
+
+
+def _values(items: list[str], option: str) -> dict[str, Any]:
+    """name=value items; a value that is no JSON is a text."""
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{option} {item}: write name=value")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -84,6 +84,11 @@ def demo(
         typer.echo(json.dumps(values))
 
 
+def _cores() -> int:
+    """Those that this process may use; macOS says only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_cache() -> Path:
     """The user's cache folder, as the XDG base directory specification has it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ogpstream"
@@ -106,7 +111,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     else:
         held_out = gather_corpus(HELD_OUT).held_out
     config = LearnerConfig(ring_samples=RING, base_anchor=BASE_ANCHOR, seed=seed)
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = max(1, _cores() // 2)
     work = out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()

@@ -32,6 +32,7 @@ from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ogpstream.learner.errors import ConfigError
 from ogpstream.profiling.evaluate import Trigram, perplexity
 from ogpstream.profiling.muon import Muon
 
@@ -146,7 +147,7 @@ def _read_library(stdlib: Path) -> tuple[list[str], dict[str, str]]:
 
 def gather_corpus(held_out: int, *, stdlib: Path | None = None) -> Corpus:
     """The standard library's English, split by hash: the `held_out` long documents of smallest hash are held
-    out, the next as many are for calibration, the rest for training. ValueError where there is too little."""
+    out, the next as many are for calibration, the rest for training. ConfigError where there is too little."""
     folder = stdlib or Path(sysconfig.get_path("stdlib"))
     documents, explained = _read_library(folder)
     long = [text for text in documents if len(text) >= DOCUMENT_CHARS // 2]
@@ -156,9 +157,9 @@ def gather_corpus(held_out: int, *, stdlib: Path | None = None) -> Corpus:
     train = [text for text in documents if text not in kept_away]
     size = sum(len(text.encode()) for text in train)
     if size < MIN_TEXT_BYTES or len(apart) < 2 * held_out:
-        raise ValueError(
-            f"{folder} holds {size} bytes of English, the base model needs {MIN_TEXT_BYTES}: "
-            "use a Python whose standard library comes as .py files, or give --model"
+        raise ConfigError(
+            f"{folder} holds {size} bytes of English, the demo needs {MIN_TEXT_BYTES}: "
+            "use a Python whose standard library comes as .py files"
         )
     away = "\n".join(apart)
     questions = [f"Q: {sentence}\nA: {name}" for sentence, name in explained.items() if sentence not in away]

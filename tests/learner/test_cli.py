@@ -15,7 +15,7 @@ SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snaps
 LEARN_FIELDS = {"samples", "learned", "rejected", "skipped", "quarantined", "update_ms_p50", "update_ms_p95",
                 "loss_first", "loss_last", "rss_peak_mb", "version", "state_sha256"}
 STATUS_FIELDS = {"healthy", "acknowledged", "learned", "rejected", "quarantined", "pending", "version", "updates",
-                 "basis_columns", "ring_samples", "experts", "state_sha256"}
+                 "basis_columns", "ring_samples", "experts", "held_discarded", "state_sha256"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -210,7 +210,7 @@ def test_settings_and_calibration_come_from_files(place, run, tmp_path):
     one_line(*run(*learn(tmp_path, "--config", str(tmp_path / "bad.json"), **new)), "bad.json is not JSON")
     (tmp_path / "texts.txt").write_text("\n")
     one_line(*run(*learn(tmp_path, *files, **new)), "texts.txt holds no text")
-    one_line(*run(*learn(tmp_path, *files, "--set", "warm_start=false", **new)), "warm_start", "drop one")
+    one_line(*run(*learn(tmp_path, *files, "--set", "warm_start=false", **new)), "warm_start", "drop the texts")
 
 
 def test_wrong_use_exits_with_2_in_one_line(place, run):

@@ -16,7 +16,9 @@ from ogpstream.learner import ConfigError, LearnerConfig
         {"max_tokens": 1}, {"weight_decay": -0.1}, {"warmup": -1}, {"replay_every": -1}, {"rehearsals": -1},
         {"novelty": 1.5}, {"warm_share": -0.1}, {"warm_energy": math.nan}, {"held_rank": 0}, {"optimizer": "lion"},
         {"guard": "ewc"}, {"basis_scope": "model"}, {"ring_keep": "all"}, {"ring_draw": "age"},
-        {"warmup": 10, "total_updates": 10},
+        {"warmup": 10, "total_updates": 10}, {"novelty": 1.0}, {"use_window": 15}, {"basis_columns": 600},
+        {"rank": 3.0}, {"lr": math.inf}, {"weight_decay": math.nan}, {"eps": -1.0}, {"seed": -1},
+        {"restart_after": -1}, {"restart_loss": 2.0}, {"shared_tokens": -1},
     ],
     ids=str,
 )
@@ -24,6 +26,11 @@ def test_a_value_out_of_range_is_named(changes: dict[str, Any]) -> None:
     name = "total_updates" if "total_updates" in changes else next(iter(changes))
     with pytest.raises(ConfigError, match=f"^{name} is "):
         LearnerConfig(**changes)
+
+
+def test_betas_are_shares() -> None:
+    with pytest.raises(ConfigError, match=r"^betas are \(1\.0, 0\.99\)"):
+        LearnerConfig(betas=(1.0, 0.99))
 
 
 def test_the_limits_themselves_are_accepted() -> None:

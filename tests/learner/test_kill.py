@@ -17,7 +17,7 @@ from ogpstream.learner.update import Updater
 LINES = 22
 # a snapshot in the middle of records and of the final rehearsal; two acknowledged groups before the second one
 SETTINGS = ["warm_samples=2", "warm_tokens=4", "snapshot_every=5", "ring_samples=16", "rehearsals=1",
-            "learned_below=4.0", "learned_share=0.0"]
+            "learned_below=4.0", "learned_share=0.0", "restart_after=3"]
 # what a kill can fall into; each call is an event
 EVENTS = ((os, "fsync"), (os, "replace"), (os, "write"), (os, "unlink"), (Updater, "publish"), (Applier, "_commit"))
 

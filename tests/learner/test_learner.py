@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.samples import Refused
 from ogpstream.learner.step import Reading
+from ogpstream.memory import journal
 from ogpstream.memory.replay import SlotFlag
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -592,6 +594,70 @@ def test_an_exported_adapter_can_be_imported_and_learned_on(make: MakeLearner, t
     assert _loss(learner.model, _sample(50)) < before
     with pytest.raises(ConfigError, match="already"):
         learner.import_peft(tmp_path / "adapter", "theirs")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "a b"])
+def test_what_is_no_name_of_an_expert_never_reaches_the_journal(make: MakeLearner, tmp_path: Path, name: str) -> None:
+    adapter = _folded(make()).export_peft(tmp_path / "adapter")
+    learner = make(tmp_path / "state")
+    for wrong in (lambda: learner.add_expert(name), lambda: learner.import_peft(adapter, name)):
+        with pytest.raises(ConfigError, match="no name of an expert"):
+            wrong()
+    for rank in (0, 1000):
+        with pytest.raises(ConfigError, match=f"rank is {rank}: "):
+            learner.add_expert("new", rank=rank)
+    with pytest.raises(ConfigError, match="gate of default is nan"):
+        learner.activate({"default": float("nan")})
+    with pytest.raises(ConfigError, match="updates is -3"):
+        learner.consolidate(-3)
+    assert learner.learn_one(_sample(0)).status == "learned"
+
+
+def test_an_import_survives_a_kill_and_a_move_of_the_folder(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = _folded(make()).export_peft(tmp_path / "adapter")
+    (adapter / "checkpoint-1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    learner = make(Path("state"))
+    learner.import_peft(adapter, "theirs")
+    wanted = learner.state_sha256()
+    # as a kill leaves it: the journal has the import, no snapshot does
+    shutil.copytree(tmp_path / "state", tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = StreamLearner.load_state(tmp_path / "elsewhere" / "moved", tiny_model("llama", num_hidden_layers=1))
+    assert loaded.state_sha256() == wanted
+    loaded.close()
+
+
+def test_a_sample_whose_step_was_aborted_is_learned_once(make: MakeLearner) -> None:
+    learner = make()
+    work = learner.step(_sample(0, id="a"))
+    next(work)
+    work.close()
+    assert learner.learn_one(_sample(0, id="a")).status == "learned"
+    assert (learner.state.counters.learned, len(learner.state.ring), learner.pending) == (1, 1, 0)
+
+
+def test_after_a_failed_sync_the_live_state_is_that_of_a_recovery(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state")
+
+    def full(descriptor: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "write_all", full)
+        with pytest.raises(StateError, match="No space left"):
+            learner.learn_one(_sample(0, id="a"))
+    assert learner.learn_one(_sample(0, id="a")).status == "learned"
+    assert learner.state.counters.learned == 1
+    wanted = learner.state_sha256()
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    loaded = StreamLearner.load_state(tmp_path / "copy", tiny_model("llama", num_hidden_layers=1))
+    assert loaded.state_sha256() == wanted
+    loaded.close()
 
 
 def test_an_adapter_trained_by_plain_peft_is_continued(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path

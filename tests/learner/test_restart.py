@@ -83,7 +83,7 @@ def test_a_restart_keeps_the_function_and_frees_the_factors(directions: int) -> 
     before, beside = functions(expert), functions(other)
     read = read_directions(expert, 2)
     growth = protection.restart(expert, [other])
-    assert growth.admitted == 2 * directions
+    assert growth is not None and growth.admitted == 2 * directions
     for was, now in zip([*before, *beside], [*functions(expert), *functions(other)], strict=True):
         assert (now - was).norm() < 1e-6 * was.norm()
     for key in ("x", "z"):
@@ -102,7 +102,7 @@ def test_a_restart_keeps_the_function_and_frees_the_factors(directions: int) -> 
 
 
 def test_what_the_cut_drops_at_a_restart_is_reported() -> None:
-    config = LearnerConfig(held_rank=5, basis_columns=16)
+    config = LearnerConfig(held_rank=5, basis_columns=16, restart_loss=1.0)
     protection, (expert,) = trained(config, "e")
     for index in range(len(SITES)):
         # other rows than those that the first fold held, so that both together have rank 8
@@ -116,6 +116,16 @@ def test_what_the_cut_drops_at_a_restart_is_reported() -> None:
         assert expert.held[index].rank == 5
         assert 0 < float(torch.linalg.matrix_norm(now - was, 2)) <= lost * (1 + 1e-5)
     assert set(cuts) == {0, 1, 2}
+
+
+def test_a_restart_that_would_cost_too_much_waits() -> None:
+    protection, (expert,) = trained(LearnerConfig(held_rank=5, basis_columns=16, restart_loss=0.05), "e")
+    for index in range(len(SITES)):
+        expert.b(index).copy_(torch.randn(expert.b(index).shape, generator=torch.Generator().manual_seed(index)))
+    before, masters, columns = functions(expert), expert.factors.clone(), protection.columns
+    assert protection.restart(expert, []) is None
+    assert torch.equal(expert.factors, masters) and protection.columns == columns
+    assert all(map(torch.equal, functions(expert), before))
 
 
 def _sample(seed: int) -> Sample:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ogpstream.profiling.demo_model as demo_model
+from ogpstream.learner import ConfigError
 from ogpstream.profiling.demo_model import (
     BaseRecipe,
     Corpus,
@@ -90,7 +91,7 @@ def test_split_depends_on_the_text_alone(tmp_path, monkeypatch):
 
 def test_too_little_text_is_an_error(tmp_path):
     (tmp_path / "a.py").write_text('"""A single docstring does not make a language model."""\n')
-    with pytest.raises(ValueError, match="give --model"):
+    with pytest.raises(ConfigError, match="use a Python whose"):
         gather_corpus(4, stdlib=tmp_path)
 
 
