@@ -28,8 +28,8 @@ from ogpstream.profiling.kernel_providers import PROVIDERS, TRITON, is_timed, la
 from ogpstream.profiling.kernel_report import CsvLog, draw, environment, suggestion, suggestion_text, table
 from ogpstream.profiling.kernel_score import Score, Truth
 
-# what DESIGN promises of gradients and of the projection; the change of a float32 master is read from numbers ten times
-# larger, whose rounding it carries
+# of gradients and of what the projection leaves in span(P); the change of a float32 master is read from numbers ten
+# times larger, whose rounding it carries
 SINGLE_BOUND, CHANGE_BOUND, HALF_BOUND, LEAK_BOUND = 1e-6, 1e-5, 1e-2, 5e-7
 # seconds a provider and state of the caches; 70 cases of up to 8 providers stay below 5 minutes
 BUDGET, QUICK_BUDGET, QUICK_LEAST = 0.1, 0.02, 5
@@ -159,7 +159,8 @@ def _measure(
     values["rows"] = []
     console.print(f"{values['device']}: {values['copy_gbps']:.0f} GB/s by a copy, read and written", highlight=False)
     if device.type == "cpu":
-        console.print("this is a CPU: times say nothing of a GPU", highlight=False)
+        sizes = "" if quick else "; these sizes are for a GPU and take long here, --quick has small ones"
+        console.print(f"this is a CPU: times say nothing of a GPU{sizes}", highlight=False, soft_wrap=True)
     for name, reason in missing.items():
         console.print(f"{name} is left out: {reason}", markup=False, highlight=False, soft_wrap=True)
     every = list(cases(ops, sweeps, quick=quick))

@@ -110,7 +110,7 @@ def graph_seconds(run: Callable[[], Any], timer: Timer) -> float | None:
     """Median of replays of a CUDA graph of `run`, device time without the gaps of launches; None if it is none."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph):
             run()
         return percentile([timer.sample(graph.replay, cold=False) for _ in range(LEAST)], 50)
     except RuntimeError:

@@ -90,8 +90,10 @@ def floor_seconds(case: Case, rates: Rates) -> tuple[float, str]:
 def measure_rates(device: torch.device, timer: Timer, *, quick: bool = False) -> Rates:
     """The rates of this device, by a large copy and a large product of random numbers (zeros run faster)."""
     # 1 GiB is many times any L2; 64 MiB more than the caches of most CPUs
-    numel = (1 << 20 if quick else 1 << 24) if device.type == "cpu" else 1 << 28
-    side = (512 if quick else 1024) if device.type == "cpu" else 8192
+    numel, side = (1 << 20, 256) if quick else (1 << 24, 1024)
+    if device.type == "cuda":
+        # a quarter of what is free for both copies together, on a small card
+        numel, side = min(1 << 28, torch.cuda.mem_get_info(device)[0] // (8 * SINGLE)), 4096 if quick else 8192
 
     def median(run: Callable[[], Any]) -> float:
         run()

@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ogpstream.profiling.kernel_cases import Case
 
-# what all providers do to the masters. eps is too small to matter, since torch's is absolute and ours relative
-LR, BETAS, EPS, STEP = 5e-2, (0.9, 0.999), 1e-12, 100
+# what all providers do to the masters. eps is too small to matter, since torch's is absolute and ours relative; the
+# rate is so large that the change of a master is not lost in its own rounding
+LR, BETAS, EPS, STEP = 0.5, (0.9, 0.999), 1e-12, 100
 # gradients of about this size make exp_avg and sqrt(exp_avg_sq) alike
 GRADIENT = 0.1
 SCALE_TRAINED, SCALE_REST = 2.0, 1.0
@@ -75,29 +77,35 @@ class Problem:
     Lists have one entry a linear. h is what the forward kept, base_dx the frozen linear's own input gradient.
     """
 
-    def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
+    def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        self._rng = torch.Generator(device).manual_seed(seed)
+        self._rngs: dict[str, torch.Generator] = {}
         self.trained = slice(0, case.r)
 
-    def _randn(self, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (torch.randn(*shape, generator=self._rng, device=self.device) * std).to(dtype)
+    def _rng(self, name: str) -> torch.Generator:
+        # one for each operand: it is the same whatever was asked for before
+        if name not in self._rngs:
+            self._rngs[name] = torch.Generator(self.device).manual_seed(crc32(name.encode()))
+        return self._rngs[name]
 
-    def _inputs(self, *shape: int, std: float = 1.0) -> list[Tensor]:
-        return [self._randn(*shape, std=std, dtype=self.case.torch_dtype) for _ in range(self.case.L)]
+    def _randn(self, name: str, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (torch.randn(*shape, generator=self._rng(name), device=self.device) * std).to(dtype)
+
+    def _inputs(self, name: str, *shape: int, std: float = 1.0) -> list[Tensor]:
+        return [self._randn(name, *shape, std=std, dtype=self.case.torch_dtype) for _ in range(self.case.L)]
 
     @cached_property
     def x(self) -> list[Tensor]:
-        return self._inputs(self.case.T, self.case.D_in)
+        return self._inputs("x", self.case.T, self.case.D_in)
 
     @cached_property
     def g(self) -> list[Tensor]:
         # dA and dB are sums over T tokens: of the size of the moments at any T
-        return self._inputs(self.case.T, self.case.D_out, std=GRADIENT * self.case.T**-0.5)
+        return self._inputs("g", self.case.T, self.case.D_out, std=GRADIENT * self.case.T**-0.5)
 
     @cached_property
     def base_dx(self) -> list[Tensor]:
-        return self._inputs(self.case.T, self.case.D_in, std=GRADIENT * self.case.T**-0.5)
+        return self._inputs("base_dx", self.case.T, self.case.D_in, std=GRADIENT * self.case.T**-0.5)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -110,7 +118,7 @@ class Problem:
         """P.T `[m, D_in]` for each block, float32, orthonormal; in pinned host RAM if it is streamed from there."""
         case, bases = self.case, []
         for _ in range(1 if case.scope == "shared" else case.L):
-            q, _ = torch.linalg.qr(self._randn(case.D_in, case.m).double())
+            q, _ = torch.linalg.qr(self._randn("rows", case.D_in, case.m).double())
             rows = q.T.float().contiguous()
             if case.basis == "streamed" and self.device.type == "cuda":
                 rows = rows.cpu().pin_memory()
@@ -119,7 +127,7 @@ class Problem:
 
     @cached_property
     def masters(self) -> Slab:
-        slab = self._slab(1.0)
+        slab = self._slab("masters", 1.0)
         slab.flat[: slab.numel_A] *= self.case.D_in**-0.5
         slab.flat[slab.numel_A :] *= self.case.R**-0.5
         if self.case.projects:
@@ -131,16 +139,16 @@ class Problem:
 
     @cached_property
     def gradient(self) -> Slab:
-        return self._slab(GRADIENT)
+        return self._slab("gradient", GRADIENT)
 
     @cached_property
     def exp_avg(self) -> Slab:
         # a tenth of the gradient: half of what 0.9 m + 0.1 g says is this update's, and so is its error
-        return self._slab(GRADIENT / 10)
+        return self._slab("exp_avg", GRADIENT / 10)
 
     @cached_property
     def exp_avg_sq(self) -> Slab:
-        slab = self._slab(GRADIENT)
+        slab = self._slab("exp_avg_sq", GRADIENT)
         # never near zero, where a rounding of the gradient would be a large part of the step
         slab.flat.square_().add_(GRADIENT**2)
         return slab
@@ -150,8 +158,8 @@ class Problem:
         """A `[D_in, R]` and B `[R, D_out]` as they serve, the trained columns first."""
         case, pairs = self.case, []
         for A, B in zip(self.masters.A, self.masters.B, strict=True):
-            other_A = self._randn(case.D_in, case.R - case.r, std=case.D_in**-0.5)
-            other_B = self._randn(case.R - case.r, case.D_out, std=case.R**-0.5)
+            other_A = self._randn("other_A", case.D_in, case.R - case.r, std=case.D_in**-0.5)
+            other_B = self._randn("other_B", case.R - case.r, case.D_out, std=case.R**-0.5)
             both = torch.cat([A, other_A], dim=1), torch.cat([B, other_B])
             pairs.append((both[0].to(case.torch_dtype), both[1].to(case.torch_dtype)))
         return pairs
@@ -165,15 +173,15 @@ class Problem:
 
     @cached_property
     def logits(self) -> Tensor:
-        return self._randn(self.case.T, self.case.V, std=3.0, dtype=self.case.torch_dtype)
+        return self._randn("logits", self.case.T, self.case.V, std=3.0, dtype=self.case.torch_dtype)
 
     @cached_property
     def target(self) -> Tensor:
-        return torch.randint(self.case.V, (self.case.T,), generator=self._rng, device=self.device)
+        return torch.randint(self.case.V, (self.case.T,), generator=self._rng("target"), device=self.device)
 
-    def _slab(self, std: float) -> Slab:
+    def _slab(self, name: str, std: float) -> Slab:
         case = self.case
-        return Slab(self._randn(case.L * case.r * (case.D_in + case.D_out), std=std), case)
+        return Slab(self._randn(name, case.L * case.r * (case.D_in + case.D_out), std=std), case)
 
 
 def relative(out: Sequence[Tensor], ref: Sequence[Tensor]) -> float:

@@ -1,6 +1,6 @@
 """What an operation must give, in float64 from the very operands it was given, and how far a provider is from it.
 
-Masters are compared by how they changed: a step is a thousandth of a master, and would hide an error in it.
+Masters are compared by how they changed: beside a master of the size of ten steps, an error of a step would be hidden.
 """
 
 from __future__ import annotations
