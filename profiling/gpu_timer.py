@@ -119,9 +119,11 @@ def graph_seconds(run: Callable[[], Any], timer: Timer) -> float | None:
 
 
 def count_kernels(run: Callable[[], Any]) -> int | None:
-    """Kernels that one call launches, by torch's profiler; None where it sees none. Copies and fills do not count."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    """Kernels that one call launches, by torch's profiler; None where it sees none. Copies and fills do not count.
+
+    Launches may be slower for the rest of the process, so nothing is timed after it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
     kernels = [

@@ -20,16 +20,21 @@ from ogpstream.profiling.kernel_problem import BETAS, EPS, LR, SCALE_TRAINED, ST
 _HAS_WIDE_OUT = "dtype_out" in torch.ops.aten.mm.overloads()
 
 
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, whatever the operands are."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, in float32 whatever the operands are."""
+    """out = a b, out in float32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif not a.is_cuda:
-        out.copy_(a @ b)
-    elif _HAS_WIDE_OUT:
+    elif a.is_cuda and _HAS_WIDE_OUT:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(torch.mm(a, b, out_dtype=out.dtype))
+        out.copy_(_wide(a, b))
 
 
 def _backward(x: Tensor, g: Tensor, h: Tensor, A: Tensor, B: Tensor, dA_t: Tensor, dB: Tensor, dx: Tensor) -> None:
@@ -41,6 +46,16 @@ def _backward(x: Tensor, g: Tensor, h: Tensor, A: Tensor, B: Tensor, dA_t: Tenso
     dx.addmm_(Y, A.T)
 
 
+def _backward_to_new(
+    x: Tensor, g: Tensor, h: Tensor, A: Tensor, B: Tensor, dx: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The same with gradients in tensors of their own: a compiler would compile anew for each slice of one tensor."""
+    Y = g @ B.T
+    dA_t, dB = _wide(Y[:, :rank].T, x), _wide(h[:, :rank].T, g)
+    dx.addmm_(Y, A.T)
+    return dA_t, dB
+
+
 def _project(Z_t: Tensor, rows: Tensor) -> None:
     """Z.T -= (Z.T P) P.T, of one matrix `[K, D]` or of a batch with a basis each."""
     if len(Z_t) == 1:
@@ -50,11 +65,16 @@ def _project(Z_t: Tensor, rows: Tensor) -> None:
 
 
 class ByHand:
-    """Operands of one problem in the layout of this provider; `transform` is applied to what it computes with."""
+    """Operands of one problem in the layout of this provider; with `compiled` torch.compile does what it computes."""
 
-    def __init__(self, problem: Problem, transform: Callable[[Any], Any] = lambda function: function) -> None:
-        self._problem, case = problem, problem.case
-        self._backward_of, self._project_of = transform(_backward), transform(_project)
+    def __init__(self, problem: Problem, *, compiled: bool = False) -> None:
+        self._problem, case, self._compiled = problem, problem.case, compiled
+
+        def transform(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, dynamic=False) if compiled else function
+
+        self._backward_of = transform(_backward_to_new if compiled else _backward)
+        self._project_of = transform(_project)
         self._forward_of = transform(lambda x, A, B: (x @ A) @ B)
         if case.op != "cross_entropy":
             self._masters = _transposed(problem.gradient if case.op == "projection" else problem.masters)
@@ -108,15 +128,18 @@ class ByHand:
         h = [(h / p.scale).to(p.case.torch_dtype) for h in p.h]
         dA = [A.T for A in self._A(self._gradient)]
         dB = self._B(self._gradient)
-        operands = [
-            (x, g, kept, A, B, *outputs)
-            for x, g, kept, (A, B), *outputs in zip(p.x, p.g, h, self._served, dA, dB, dx, strict=True)
-        ]
+        inputs = [(x, g, kept, A, B) for x, g, kept, (A, B) in zip(p.x, p.g, h, self._served, strict=True)]
+        in_place = [(*each, *outputs) for each, *outputs in zip(inputs, dA, dB, dx, strict=True)]
+        to_new = [(*each, out, p.case.r) for each, out in zip(inputs, dx, strict=True)]
         all_dB = self._gradient[p.masters.numel_A :]
 
         def backward() -> None:
-            for each in operands:
-                self._backward_of(*each)
+            if self._compiled:
+                new_dA, new_dB = zip(*(self._backward_of(*each) for each in to_new), strict=True)
+                torch.cat([each.view(-1) for each in (*new_dA, *new_dB)], out=self._gradient)
+            else:
+                for each in in_place:
+                    self._backward_of(*each)
             # h is kept as it is, and the scale of the trained columns is one number
             all_dB.mul_(SCALE_TRAINED)
 

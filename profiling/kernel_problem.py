@@ -118,7 +118,8 @@ class Problem:
         """P.T `[m, D_in]` for each block, float32, orthonormal; in pinned host RAM if it is streamed from there."""
         case, bases = self.case, []
         for _ in range(1 if case.scope == "shared" else case.L):
-            q, _ = torch.linalg.qr(self._randn("rows", case.D_in, case.m).double())
+            q = self._randn("rows", case.D_in, case.m).double()
+            q = torch.linalg.qr(q).Q if case.m else q
             rows = q.T.float().contiguous()
             if case.basis == "streamed" and self.device.type == "cuda":
                 rows = rows.cpu().pin_memory()

@@ -53,6 +53,11 @@ class CsvLog:
         self._where["capability"] = capability and "{}.{}".format(*capability)
         self._begun = False
 
+    def rewrite(self, rows: Sequence[Row]) -> None:
+        """All of it anew, when something is known of them that was not."""
+        self._begun = False
+        self.write(rows)
+
     def write(self, rows: Sequence[Row]) -> None:
         with open(self._path, "a" if self._begun else "w", newline="", encoding="utf-8") as file:
             for row in rows:

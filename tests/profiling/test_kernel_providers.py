@@ -12,6 +12,7 @@ from ogpstream.profiling.kernel_providers import PROVIDERS, TRITON, launches, le
 from ogpstream.profiling.kernel_score import Truth
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = dict(T=20, L=2, D_in=48, D_out=40, R=12, r=4, m=20, V=50)
 CASES = [
     Case("lora_forward", "fp32", **SIZES), Case("projection", "fp32", **SIZES),
@@ -23,9 +24,9 @@ CASES = [
 OTHERS = [name for name in PROVIDERS if name != "compiled"]
 
 
-def solve(case: Case, name: str, device: torch.device = CPU):
+def solve(case: Case, name: str):
     """The problem, what float64 says of it, and the provider's job."""
-    problem = Problem(case, device)
+    problem = Problem(case, DEVICE)
     return Truth(problem), PROVIDERS[name].make(problem)
 
 
@@ -75,7 +76,7 @@ def test_a_wrong_gradient_shows_in_the_error(name):
 def test_a_step_without_projection_leaks():
     case = Case("step_projection", "fp32", **SIZES)
     truth, _ = solve(case, "addmm")
-    job = PROVIDERS["addmm"].make(Problem(replace(case, m=0), CPU))
+    job = PROVIDERS["addmm"].make(Problem(replace(case, m=0), DEVICE))
     score = truth.score(job.read(job.run()))
     assert score.leak is not None and score.leak > 1e-2 and score.rel_err > 1e-2
     assert not is_correct(case, score)
@@ -85,7 +86,7 @@ def test_a_step_that_is_left_out_is_an_error_of_its_own_size():
     """Masters move by a small part of their size: compared as they are, half a step would look right."""
     case = Case("update", "fp32", **SIZES)
     truth, job = solve(case, "addmm")
-    problem = Problem(case, CPU)
+    problem = Problem(case, DEVICE)
     before = problem.masters
     half = planted(job, lambda outputs: {
         **outputs, "B": [(after + old) / 2 for after, old in zip(outputs["B"], before.B, strict=True)]
@@ -103,13 +104,13 @@ def test_nan_is_wrong_and_a_missing_output_is_an_error():
 
 
 def test_masters_lie_outside_the_basis_before_the_update():
-    problem = Problem(Case("update", "fp32", **SIZES, scope="layer"), CPU)
+    problem = Problem(Case("update", "fp32", **SIZES, scope="layer"), DEVICE)
     for block, rows in zip(problem.masters.blocks, problem.rows, strict=True):
         assert (rows @ block).norm() <= 1e-6 * block.norm()
 
 
 def test_operands_are_the_same_whatever_is_asked_for_first():
-    one, two = (Problem(Case("update", "fp32", **SIZES), CPU) for _ in range(2))
+    one, two = (Problem(Case("update", "fp32", **SIZES), DEVICE) for _ in range(2))
     names = ("x", "g", "base_dx", "packed", "h", "rows")
     for name in names:
         getattr(one, name)
@@ -120,10 +121,9 @@ def test_operands_are_the_same_whatever_is_asked_for_first():
         assert all(map(torch.equal, getattr(one, name), getattr(two, name))), name
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the recorded launches, without a profiler")
 def test_launches_of_ours_are_recorded_and_of_torch_unknown():
     case = Case("update", "fp32", **SIZES)
-    counted = {name: launches(name, solve(case, name)[1].run, CPU) for name in (*TRITON, "addmm")}
+    counted = {name: launches(name, solve(case, name)[1].run) for name in (*TRITON, "addmm")}
     # two a linear, two of Adam, two of a resident basis; apart, two Adams, no sums of a single part
     assert counted == {"ours": 8, "separate": 10, "addmm": None}
 
