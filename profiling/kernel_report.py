@@ -136,7 +136,10 @@ def draw(values: Mapping[str, Any], path: Path) -> None:
     for row in values["rows"]:
         if row["l2"] == "hot" and row["ms_p50"] is not None:
             groups.setdefault(_case(row), []).append(row)
-    first = list({case[0]: rows for case, rows in reversed(groups.items())}.values())[::-1]
+    of_operation: dict[str, list[Row]] = {}
+    for (op, *_), rows in groups.items():
+        of_operation.setdefault(op, rows)
+    first = list(of_operation.values())
     columns = min(3, max(1, len(first)))
     lines = max(1, math.ceil(len(first) / columns))
     size = (4.2 * columns, 3.2 * lines)
