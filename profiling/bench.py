@@ -3,12 +3,12 @@
 import typer
 
 from ogpstream.profiling.bench_forgetting import bench_forgetting
+from ogpstream.profiling.bench_kernels import bench_kernels
 
 
 def register(app: typer.Typer) -> None:
     """Add the benchmarks to the command line."""
-    group = typer.Typer(no_args_is_help=True, help="Measure: learning and forgetting.")
-    # typer runs a group of one command without its name unless the group has a callback
-    group.callback()(lambda: None)
+    group = typer.Typer(no_args_is_help=True, help="Measure: kernels, learning and forgetting.")
     group.command("forgetting")(bench_forgetting)
+    group.command("kernels")(bench_kernels)
     app.add_typer(group, name="bench")
