@@ -73,12 +73,13 @@ class Applier:
         counters, ring = self.state.counters, self.state.ring
         loss, reason = None, None
         updates: list[Update] = []
+        new = self._limited(Lesson(record["ids"], record["prompt_length"], again=False), record, 0)
         if self.state.position.done == 0:
             self._make_active(record["expert"])
             slots = self._companions(record["rehearsals"], record["expert"])
-            new = Lesson(record["ids"], record["prompt_length"], again=False)
-            update = yield from self.updater.run(record["expert"], [new, *map(_lesson, slots)])
-            loss, reason = update.losses[0], update.refusal
+            update = yield from self.updater.run(record["expert"], [new, *(self._old(slot, record) for slot in slots)])
+            updates.append(update)
+            loss, reason = None if new.refusal else update.losses[0], update.refusal
             counters.acknowledged += 1
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
@@ -86,51 +87,60 @@ class Applier:
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
                 self.folder.quarantine({**record, "reason": reason})
-                return self._report(record, "rejected", started, loss, updates, reason)
+                return self._report(record, new, "rejected", started, loss, updates, reason)
             counters.learned += 1
             self._note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
             for place in (ring, self.state.waiting):
-                slot = place.add(record["ids"], record["prompt_length"], expert=record["expert"],
-                                 uid=counters.acknowledged)
+                slot = place.add(new.ids, new.prompt_length, expert=record["expert"], uid=counters.acknowledged)
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
-            updates.append(update)
             self._commit(gradients=1 + len(slots))
         # rehearsal in the same update takes the place of the replayed sample after every 16th
         every = 0 if record["rehearsals"] else self.config.replay_every
         if every and counters.learned % every == 0 and self.state.position.done == 1:
-            updates.append((yield from self._rehearse(1, waiting=False)))
-        return self._report(record, "learned", started, loss, updates, None)
+            updates.append((yield from self._rehearse(record, 1, waiting=False)))
+        return self._report(record, new, "learned", started, loss, updates, None)
 
-    def _report(self, record: Record, status: Any, started: float, loss: float | None, updates: list[Update],
-                reason: str | None) -> SampleReport:
+    def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
+                updates: list[Update], reason: str | None) -> SampleReport:
+        plans = [u.activations for u in updates if u.activations is not None]
         return SampleReport(
-            record["id"], status, self.state.store.served.version, loss, len(record["ids"]), record["cut"],
-            (time.perf_counter() - started) * 1e3, sum(u.admitted for u in updates),
-            sum(u.replaced for u in updates), reason,
+            record["id"], status, self.state.store.served.version, loss, len(new.ids),
+            record["cut"] + len(record["ids"]) - len(new.ids), (time.perf_counter() - started) * 1e3,
+            sum(u.admitted for u in updates), sum(u.replaced for u in updates), reason,
+            max(plans, key=lambda plan: plan.peak_bytes, default=None),
         )
 
     def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
         updates: list[Update] = []
         while self.state.position.done < record["updates"] and len(self.state.ring):
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
-            updates.append((yield from self._rehearse(count, waiting=record["waiting_only"])))
+            updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
         self.state.counters.consolidations += 1
-        losses = [loss for update in updates for loss in update.losses]
+        losses = [loss for update in updates for loss in update.losses if math.isfinite(loss)]
         return RehearsalReport(len(updates), self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, sum(u.admitted for u in updates))
 
-    def _rehearse(self, count: int, *, waiting: bool) -> Generator[str, None, Update]:
+    def _rehearse(self, record: Record, count: int, *, waiting: bool) -> Generator[str, None, Update]:
         """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
         unrehearsed = self.state.unrehearsed() if waiting else []
         slots = unrehearsed[:1] or self._draw(1)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
         self._make_active(slots[0].expert)
-        update = yield from self.updater.run(slots[0].expert, [_lesson(slot) for slot in slots])
+        update = yield from self.updater.run(slots[0].expert, [self._old(slot, record) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
         return update
+
+    def _old(self, slot: Slot, record: Record) -> Lesson:
+        lesson = Lesson(slot.ids.tolist(), slot.prompt_length, again=True)
+        return self._limited(lesson, record, self.state.position.done)
+
+    def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
+        """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
+        tokens = min((tokens for done, tokens in record.get("limits", ()) if done <= update), default=None)
+        return lesson.within(tokens, self.updater.attachment.model.config.get_text_config().bos_token_id)
 
     def _companions(self, count: int, expert: str) -> list[Slot]:
         """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
@@ -187,6 +197,9 @@ class Applier:
                 counters.quarantined += 1
                 self.folder.quarantine(record)
                 return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
+            case "shorten":
+                # it acts on the record that it names
+                pass
             case "expert":
                 self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])
             case "import":
@@ -277,7 +290,3 @@ class Applier:
                          meta["environment"], self.own["environment"])
         self.state.restore(tensors, meta)
         self.updater.attachment.binding.served = self.state.store.served
-
-
-def _lesson(slot: Slot) -> Lesson:
-    return Lesson(slot.ids.tolist(), slot.prompt_length, again=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +23,10 @@ from ogpstream.learner.encoding import Encoded, encode
 from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import Refused, Sample
+from ogpstream.learner.samples import Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
-from ogpstream.learner.update import Updater
+from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
 
@@ -102,7 +103,7 @@ class StreamLearner:
             learner._applier.folder = folder
             try:
                 learner._applier.restore(snapshot.tensors, snapshot.meta)
-                learner._pending.extend(folder.records(learner.state.position.seq))
+                learner._enqueue(folder.records(learner.state.position.seq))
                 learner.drain()
             except BaseException:
                 learner.attachment.detach()
@@ -145,6 +146,8 @@ class StreamLearner:
             # not id 0: often the padding, whose embedding is zero and whose logits say nothing
             ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=model.device)
             self._updater.walk.check(ids)
+            # now, and not when the first sample has come: a server is waiting then
+            _ = self._updater.preflight.footprint
         except ModelError:
             self.attachment.detach()
             raise
@@ -201,17 +204,28 @@ class StreamLearner:
     # learning
 
     def encode(self, sample: Sample) -> Encoded:
-        """Token ids of a sample for this model.
+        """Token ids of a sample for this model, cut to what fits `max_tokens` and the activation budget.
 
         Raises:
-            SampleError: nothing can be learned from it, or its expert is unknown.
+            SampleError: nothing can be learned from it, its completion does not fit, or its expert is unknown.
         """
         if sample.expert not in self.experts:
             raise SampleError(f"unknown expert {sample.expert!r}: known are {', '.join(self.experts)}; "
                               "add_expert makes a new one")
         if self.tokenizer is None and sample.prompt_ids is None:
             raise SampleError("the learner was made without a tokenizer: give prompt_ids and completion_ids")
-        return encode(sample, self.tokenizer, vocab_size=self.vocab_size, max_tokens=self.max_tokens,
+        encoded = self._encode(sample, self.max_tokens)
+        preflight, rows, tokens = self._updater.preflight, encoded.completion_length, len(encoded.ids)
+        fits = preflight.longest(tokens, rows)
+        if not fits:
+            needed = preflight.smallest(rows + 1, rows).peak_bytes
+            refuse(f"the completion has {rows} tokens, which need {needed} bytes of activations, over the budget of "
+                   f"{preflight.limit}",
+                   f"set activation_budget_mib to {-(-needed // 2**20)} or more, or split the completion")
+        return encoded if fits == tokens else self._encode(sample, fits)
+
+    def _encode(self, sample: Sample, max_tokens: int) -> Encoded:
+        return encode(sample, self.tokenizer, vocab_size=self.vocab_size, max_tokens=max_tokens,
                       append_eos=self.config.append_eos)
 
     def learn_one(self, sample: Sample) -> SampleReport:
@@ -442,7 +456,16 @@ class StreamLearner:
         folder = self._applier.folder
         written = [{**record, "seq": folder.append(record)} for record in records]
         folder.sync()
-        self._pending.extend(written)
+        self._enqueue(written)
+
+    def _enqueue(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._pending.append(record)
+            if record["kind"] == "shorten":
+                for at, other in enumerate(self._pending):
+                    if other["seq"] == record["of"]:
+                        limit = [record["done"], record["tokens"]]
+                        self._pending[at] = {**other, "limits": [*other.get("limits", ()), limit]}
 
     def _drain(self) -> Generator[str, None, Report]:
         report = None
@@ -451,9 +474,21 @@ class StreamLearner:
         return report
 
     def _apply_next(self) -> Generator[str, None, Report]:
-        report = yield from self._applier.apply(self._pending[0])
+        before = self._updater.out_of_memory
+        while True:
+            try:
+                report = yield from self._applier.apply(self._pending[0])
+                break
+            except NoRoom as error:
+                tokens = error.tokens
+            # how much memory there is, is no part of the state: the journal says what was done about it, and to what
+            self._acknowledge([{"kind": "shorten", "of": self._pending[0]["seq"], "done": self.state.position.done,
+                                "tokens": tokens}])
         self._pending.popleft()
+        while self._pending and self._pending[0]["kind"] == "shorten":
+            yield from self._applier.apply(self._pending.popleft())
         if isinstance(report, SampleReport):
+            report = replace(report, out_of_memory=self._updater.out_of_memory - before)
             self.last_report = report
         return report
 

@@ -1,7 +1,8 @@
 """The gradient of one sample as a generator: it stops after every unit, so that a server can take the device back.
 
-Units: the layer inputs, each decoder layer's forward, each chunk of the cross-entropy, each layer's backward. Nothing
-of the learner's state changes here; a generator that is dropped half-way leaves nothing behind.
+Units: the layer inputs, each decoder layer's forward, each chunk of the cross-entropy, each layer that is computed
+again, each layer's backward. Nothing of the learner's state changes here; a generator that is dropped half-way leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.binding import Binding, GradientSink
-from ogpstream.learner.walk import LayerWalk, run_layer
+from ogpstream.learner.trail import Trail
+from ogpstream.learner.walk import LayerCall, LayerWalk, Plan, run_layer
+from ogpstream.memory.adapters import Served
 
 
 class Reading(NamedTuple):
@@ -31,9 +35,16 @@ class Reading(NamedTuple):
 
 
 def sample_gradient(
-    walk: LayerWalk, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
+    walk: LayerWalk,
+    binding: Binding,
+    sink: GradientSink,
+    ids: Sequence[int],
+    prompt_length: int,
+    *,
+    chunk: int,
+    activations: ActivationPlan,
 ) -> Generator[str, None, Reading]:
-    """Add dA and dB of one sample to the sink; every layer keeps its graph, so nothing is computed twice.
+    """Add dA and dB of one sample to the sink.
 
     All units compute with the version that is served when the first one starts.
 
@@ -41,6 +52,7 @@ def sample_gradient(
         ids: prompt and completion, T in all; the completion's tokens are supervised.
         prompt_length: at least 1.
         chunk: supervised rows whose logits exist at once.
+        activations: what is kept and what is computed again; the gradient is the same, bit for bit.
 
     Yields:
         The name of the unit that was just done.
@@ -54,44 +66,64 @@ def sample_gradient(
         plan = walk.plan(tokens)
     yield "plan"
 
-    hidden = plan.hidden
-    kept: list[tuple[Tensor, Tensor]] = []
+    def run(call: LayerCall, entry: Tensor) -> Tensor:
+        with recording(binding, served, sink):
+            return run_layer(call, entry)
+
+    hidden, trail = plan.hidden, Trail(activations, run)
     for call in plan.calls:
-        entry = hidden.detach().requires_grad_()
-        with torch.enable_grad(), binding.using(served), _recording(binding, sink):
-            exit_ = run_layer(call, entry)
-        kept.append((entry, exit_))
-        hidden = exit_.detach()
+        hidden = trail.forward(call, hidden)
         yield "forward"
 
     rows = torch.arange(prompt_length - 1, tokens.shape[1] - 1, device=tokens.device)
     gradient = torch.zeros_like(hidden)
-    loss, certain = 0.0, 0
+    seen: list[Tensor] = []
     for piece in rows.split(chunk):
-        part = hidden[:, piece].requires_grad_()
-        with torch.enable_grad(), binding.using(served), _recording(binding, sink):
-            logits = walk.head(plan.final(part))
-        target = tokens[0, piece + 1]
-        total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
-        # dlogits = softmax - onehot: the target's entry is its probability less 1
-        certain += int((dlogits.gather(1, target[:, None]) > -0.5).sum())
-        gradient[:, piece] = torch.autograd.grad(logits, part, dlogits[None] / len(rows))[0]
-        loss += float(total)
+        with recording(binding, served, sink):
+            counts, part = loss_gradient(walk, plan, hidden[:, piece], tokens[0, piece + 1], len(rows))
+        gradient[:, piece] = part
+        seen.append(counts)
         yield "loss"
 
+    del hidden, part
     for _ in plan.calls:
-        entry, exit_ = kept.pop()
+        entry, exit_ = yield from trail.back()
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
+        del entry, exit_
         yield "backward"
-    return Reading(loss / len(rows), certain / len(rows))
+    # read once, at the end: a number read in each unit would have the host wait for the device
+    loss, certain = (sum(column) / len(rows) for column in zip(*torch.stack(seen).tolist(), strict=True))
+    return Reading(loss, certain)
+
+
+def loss_gradient(walk: LayerWalk, plan: Plan, hidden: Tensor, target: Tensor, of: int) -> tuple[Tensor, Tensor]:
+    """The loss of some rows and its gradient: the only place where logits exist.
+
+    Args:
+        hidden: the last layer's output at these rows, `[1, n, D]`.
+        target: the ids that follow them, `[n]`.
+        of: all supervised rows of the sample, whose mean is the loss.
+
+    Returns:
+        (The sum of the rows' cross-entropies in nats, how many targets got over half of the probability) as one
+        tensor `[2]`, and the gradient of that sum / `of`, `[1, n, D]`.
+    """
+    hidden.requires_grad_()
+    logits = walk.head(plan.final(hidden))
+    total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
+    # dlogits = softmax - onehot: the target's entry is its probability less 1
+    sure = (dlogits.gather(1, target[:, None]) > -0.5).sum()
+    (gradient,) = torch.autograd.grad(logits, hidden, dlogits.div_(of)[None])
+    return torch.stack([total, sure.to(total)]), gradient
 
 
 @contextmanager
-def _recording(binding: Binding, sink: GradientSink) -> Iterator[None]:
-    """Set the sink for the forward of one unit, never across a pause."""
+def recording(binding: Binding, served: Served | None, sink: GradientSink) -> Iterator[None]:
+    """Record graphs of one version whose backward adds to a sink, for one unit, never across a pause."""
     binding.sink = sink
     try:
-        yield
+        with torch.enable_grad(), binding.using(served):
+            yield
     finally:
         binding.sink = None
 

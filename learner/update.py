@@ -6,16 +6,20 @@ served changes by one assignment.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.binding import GradientSink
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.encoding import cut_prompt
+from ogpstream.learner.preflight import Preflight
 from ogpstream.learner.protection import Growth, Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
@@ -24,14 +28,50 @@ from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
 
+_log = logging.getLogger(__name__)
+
+
+class NoRoom(Exception):
+    """Memory ran out in every mode; with lessons of at most `tokens` ids there may be room."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"out of memory: try with at most {tokens} tokens")
+        self.tokens = tokens
+
 
 @dataclass(frozen=True)
 class Lesson:
-    """Token ids to learn from; `again` says that they had an update before, so that they can count as learned."""
+    """Token ids to learn from.
+
+    Attributes:
+        again: they had an update before, so that they can count as learned.
+        refusal: why nothing may be computed with them, or None.
+    """
 
     ids: Sequence[int]
     prompt_length: int
     again: bool
+    refusal: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Supervised ids."""
+        return len(self.ids) - self.prompt_length
+
+    def within(self, tokens: int | None, first: int | None) -> Lesson:
+        """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
+
+        Args:
+            first: an id that stays where the prompt begins with it, such as the tokenizer's bos.
+        """
+        if tokens is None or len(self.ids) <= tokens:
+            return self
+        if tokens <= self.rows:
+            return replace(self, refusal=f"there is no memory for the {self.rows} tokens of the completion alone: "
+                                         "free some, or split it")
+        prompt, cut = list(self.ids[: self.prompt_length]), len(self.ids) - tokens
+        kept = cut_prompt(prompt, cut, int(prompt[0] == first))
+        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept))
 
 
 class Updater:
@@ -39,6 +79,9 @@ class Updater:
 
     Args:
         attachment: the model with its adapted linears.
+
+    Attributes:
+        out_of_memory: times that the device had no memory left, since the start of this process.
     """
 
     def __init__(
@@ -49,29 +92,78 @@ class Updater:
         self.protection = protection
         self.config = config
         self.walk = LayerWalk(attachment.model)
+        self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
+        self.out_of_memory = 0
         self._vocabulary = attachment.model.config.get_text_config().vocab_size
 
     def run(self, name: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
         """One optimizer step of one expert on the sum of the lessons' gradients.
 
         A lesson whose loss is settled adds nothing to the sum; with none left there is no step. Every lesson that
-        counts as learned offers its directions to P.
+        counts as learned offers its directions to P. Where the device has no memory left, all is dropped and done
+        again with activations kept in a smaller way, which gives the same bits.
 
         Yields:
             The name of each unit that was done.
+
+        Raises:
+            NoRoom: there is no smaller way. Nothing has changed.
         """
-        config, expert = self.config, self.store.expert(name)
+        expert = self.store.expert(name)
+        while True:
+            plans = [self.preflight.plan(len(lesson.ids), lesson.rows) for lesson in lessons if lesson.refusal is None]
+            try:
+                trial = yield from self._try(expert, lessons, iter(plans))
+                break
+            except torch.OutOfMemoryError:
+                # the exception holds what was computed until this block ends: only then is there room
+                pass
+            self._make_room(lessons, plans)
+        most = max(plans, key=lambda plan: plan.peak_bytes, default=None)
+        losses = tuple(reading.loss for reading in trial.readings)
+        proposal = trial.proposal
+        if trial.refusal is not None:
+            return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
+
+        # the commit: no pause from here on
+        if proposal is not None:
+            expert.factors, expert.steps = proposal.factors, expert.steps + 1
+            expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
+            self.protection.record_use(proposal.used)
+        growth = Growth()
+        learned = [self._is_learned(lesson, reading) for lesson, reading in zip(lessons, trial.readings, strict=True)]
+        for gradient, counts in zip(trial.gradients, learned, strict=True):
+            if counts:
+                growth += self.protection.grow(expert.layout, gradient, self._active())
+        if proposal is not None and self._restarts(expert):
+            others = [other for other in self._active() if other is not expert]
+            growth += self.protection.restart(expert, others)
+        if proposal is not None or growth.admitted:
+            self.publish()
+        return Update(losses, trial.norms, tuple(learned), None,
+                      growth.admitted, growth.replaced, growth.pruned, most)
+
+    def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan]
+             ) -> Generator[str, None, _Trial]:
+        """Everything of an update that changes nothing."""
+        config = self.config
         readings: list[Reading] = []
         gradients: list[Tensor] = []
         for lesson in lessons:
-            sink = GradientSink(expert.layout, name, dtype=expert.factors.dtype, device=self.attachment.model.device)
+            if lesson.refusal is not None:
+                readings.append(Reading(math.nan, 0.0))
+                gradients.append(torch.full((1,), math.nan))
+                continue
+            sink = GradientSink(expert.layout, expert.name, dtype=expert.factors.dtype,
+                                device=self.attachment.model.device)
             work = sample_gradient(self.walk, self.attachment.binding, sink, lesson.ids, lesson.prompt_length,
-                                   chunk=config.loss_chunk)
+                                   chunk=config.loss_chunk, activations=next(plans))
             readings.append((yield from work))
             gradients.append(sink.slab.to(expert.factors.device))
         losses = [reading.loss for reading in readings]
-        norms = [float(gradient.norm()) for gradient in gradients]
-        refusals = [self._refusal(loss, norm) for loss, norm in zip(losses, norms, strict=True)]
+        norms = tuple(float(gradient.norm()) for gradient in gradients)
+        refusals = [lesson.refusal or self._refusal(loss, norm)
+                    for lesson, loss, norm in zip(lessons, losses, norms, strict=True)]
         # an old sample that cannot be used any more does not keep a new one from being learned
         essential = [r for r, lesson in zip(refusals, lessons, strict=True) if not lesson.again] or refusals
         refusal = essential[0] if all(essential) else None
@@ -86,26 +178,26 @@ class Updater:
             yield "projection"
             if not bool(proposal.factors.isfinite().all()):
                 refusal = "the update is not finite"
-        if refusal is not None:
-            return Update(tuple(losses), tuple(norms), tuple(False for _ in lessons), refusal)
+        return _Trial(readings, gradients, norms, refusal, proposal)
 
-        # the commit: no pause from here on
-        if proposal is not None:
-            expert.factors, expert.steps = proposal.factors, expert.steps + 1
-            expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
-            self.protection.record_use(proposal.used)
-        growth = Growth()
-        learned = [self._is_learned(lesson, reading) for lesson, reading in zip(lessons, readings, strict=True)]
-        for gradient, counts in zip(gradients, learned, strict=True):
-            if counts:
-                growth += self.protection.grow(expert.layout, gradient, self._active())
-        if proposal is not None and self._restarts(expert):
-            others = [other for other in self._active() if other is not expert]
-            growth += self.protection.restart(expert, others)
-        if proposal is not None or growth.admitted:
-            self.publish()
-        return Update(tuple(losses), tuple(norms), tuple(learned), None,
-                      growth.admitted, growth.replaced, growth.pruned)
+    def _make_room(self, lessons: Sequence[Lesson], plans: Sequence[ActivationPlan]) -> None:
+        """After memory ran out: give all of it back, and choose smaller plans from now on."""
+        self.out_of_memory += 1
+        if self.attachment.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        most = max(plans, key=lambda plan: plan.peak_bytes)
+        self.preflight.lower(most)
+        able = [lesson for lesson in lessons if lesson.refusal is None]
+        fewer = max((self.preflight.plan(len(lesson.ids), lesson.rows) for lesson in able), key=lambda p: p.peak_bytes)
+        longest = max(able, key=lambda lesson: len(lesson.ids))
+        tokens = len(longest.ids)
+        _log.warning("out of memory with %d tokens and activations kept by %r (%.1f MiB predicted): the update is done "
+                     "again %s", tokens, str(most), most.peak_bytes / 2**20,
+                     f"by {str(fewer)!r}" if fewer.peak_bytes < most.peak_bytes else "with half of the prompt")
+        if fewer.peak_bytes >= most.peak_bytes:
+            # the others keep one id of context, so that a shorter one is not refused for the sake of this one
+            least = max((lesson.rows + 1 for lesson in able if lesson is not longest), default=0)
+            raise NoRoom(min(tokens - 1, max(longest.rows + longest.prompt_length // 2, least)))
 
     def publish(self) -> None:
         """Serve the masters as they are now: one assignment, seen by all linears at once."""
@@ -168,3 +260,14 @@ class _Proposal:
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
     used: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What an update found out before it changed anything: of each lesson, and of the step that they propose."""
+
+    readings: Sequence[Reading]
+    gradients: Sequence[Tensor]
+    norms: tuple[float, ...]
+    refusal: str | None
+    proposal: _Proposal | None

@@ -46,7 +46,7 @@ def bare(tiny_model: TinyModel) -> tf.PreTrainedModel:
 
 
 def _random_gradient(
-    walk: object, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, *, chunk: int
+    walk: object, binding: Binding, sink: GradientSink, ids: Sequence[int], prompt_length: int, **_: object
 ) -> Generator[str, None, Reading]:
     """Stands for `sample_gradient`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
     seed, loss = ids
