@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Lesson, NoRoom, Updater
 from ogpstream.memory.replay import Slot, SlotFlag
 
 Record = dict[str, Any]
@@ -37,6 +37,8 @@ class Applier:
 
     Args:
         own: what identifies this learner in a snapshot: its config, the base model's fingerprint, the environment.
+        acknowledge: writes records into the journal and queues them. One of kind "shorten" enters its tokens into the
+            `limits` of the record that it is of, which may be the one that is being applied.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Applier:
         config: LearnerConfig,
         folder: StateFolder | MemoryFolder,
         own: dict[str, Any],
+        acknowledge: Callable[[Sequence[Record]], None],
     ) -> None:
         self.state = state
         self.updater = updater
         self.config = config
         self.folder = folder
         self.own = own
+        self.acknowledge = acknowledge
 
     def apply(self, record: Record) -> Generator[str, None, Report]:
         """Apply one record; yields after every unit. Dropped half-way, the rest is done when it is applied again."""
@@ -73,12 +77,13 @@ class Applier:
         counters, ring = self.state.counters, self.state.ring
         loss, reason = None, None
         updates: list[Update] = []
-        new = self._limited(Lesson(record["ids"], record["prompt_length"], again=False), record, 0)
+        new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
             self._make_active(record["expert"])
             slots = self._companions(record["rehearsals"], record["expert"])
-            update = yield from self.updater.run(record["expert"], [new, *(self._old(slot, record) for slot in slots)])
+            update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
+            new = self._limited(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
             counters.acknowledged += 1
             if record["id"] is not None:
@@ -100,7 +105,7 @@ class Applier:
         every = 0 if record["rehearsals"] else self.config.replay_every
         if every and counters.learned % every == 0 and self.state.position.done == 1:
             updates.append((yield from self._rehearse(record, 1, waiting=False)))
-        return self._report(record, new, "learned", started, loss, updates, None)
+        return self._report(record, self._limited(new, record, 0), "learned", started, loss, updates, None)
 
     def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
                 updates: list[Update], reason: str | None) -> SampleReport:
@@ -119,7 +124,7 @@ class Applier:
             updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
         self.state.counters.consolidations += 1
         losses = [loss for update in updates for loss in update.losses if math.isfinite(loss)]
-        return RehearsalReport(len(updates), self.state.store.served.version,
+        return RehearsalReport(self.state.position.done, self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, sum(u.admitted for u in updates))
 
     def _rehearse(self, record: Record, count: int, *, waiting: bool) -> Generator[str, None, Update]:
@@ -128,14 +133,21 @@ class Applier:
         slots = unrehearsed[:1] or self._draw(1)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
         self._make_active(slots[0].expert)
-        update = yield from self.updater.run(slots[0].expert, [self._old(slot, record) for slot in slots])
+        update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
         return update
 
-    def _old(self, slot: Slot, record: Record) -> Lesson:
-        lesson = Lesson(slot.ids.tolist(), slot.prompt_length, again=True)
-        return self._limited(lesson, record, self.state.position.done)
+    def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
+        """One update; where memory runs out in every mode, another with less of the prompts."""
+        done = self.state.position.done
+        while True:
+            try:
+                return (yield from self.updater.run(expert, [self._limited(one, record, done) for one in lessons]))
+            except NoRoom as error:
+                tokens = error.tokens
+            # how much memory there is, is no part of the state: the journal says what was done about it
+            self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
 
     def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
         """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
@@ -290,3 +302,7 @@ class Applier:
                          meta["environment"], self.own["environment"])
         self.state.restore(tensors, meta)
         self.updater.attachment.binding.served = self.state.store.served
+
+
+def _lesson(slot: Slot) -> Lesson:
+    return Lesson(slot.ids.tolist(), slot.prompt_length, again=True)

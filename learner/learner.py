@@ -26,7 +26,7 @@ from ogpstream.learner.report import RehearsalReport, SampleReport
 from ogpstream.learner.samples import Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
-from ogpstream.learner.update import NoRoom, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
 
@@ -138,8 +138,8 @@ class StreamLearner:
         self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
-        self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own)
         self._pending: deque[Record] = deque()
+        self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own, self._acknowledge)
         self._steps = 0  # inference steps since the last period; no state: a restarted server counts anew
         self.last_report: SampleReport | None = None
         try:
@@ -462,10 +462,9 @@ class StreamLearner:
         for record in records:
             self._pending.append(record)
             if record["kind"] == "shorten":
-                for at, other in enumerate(self._pending):
+                for other in self._pending:
                     if other["seq"] == record["of"]:
-                        limit = [record["done"], record["tokens"]]
-                        self._pending[at] = {**other, "limits": [*other.get("limits", ()), limit]}
+                        other.setdefault("limits", []).append([record["done"], record["tokens"]])
 
     def _drain(self) -> Generator[str, None, Report]:
         report = None
@@ -475,15 +474,7 @@ class StreamLearner:
 
     def _apply_next(self) -> Generator[str, None, Report]:
         before = self._updater.out_of_memory
-        while True:
-            try:
-                report = yield from self._applier.apply(self._pending[0])
-                break
-            except NoRoom as error:
-                tokens = error.tokens
-            # how much memory there is, is no part of the state: the journal says what was done about it, and to what
-            self._acknowledge([{"kind": "shorten", "of": self._pending[0]["seq"], "done": self.state.position.done,
-                                "tokens": tokens}])
+        report = yield from self._applier.apply(self._pending[0])
         self._pending.popleft()
         while self._pending and self._pending[0]["kind"] == "shorten":
             yield from self._applier.apply(self._pending.popleft())

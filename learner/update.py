@@ -111,15 +111,19 @@ class Updater:
         """
         expert = self.store.expert(name)
         while True:
-            plans = [self.preflight.plan(len(lesson.ids), lesson.rows) for lesson in lessons if lesson.refusal is None]
+            usable = [lesson for lesson in lessons if lesson.refusal is None]
+            plans = list(map(self._plan, usable))
+            most = max(plans, key=_peak, default=None)
             try:
                 trial = yield from self._try(expert, lessons, iter(plans))
                 break
             except torch.OutOfMemoryError:
-                # the exception holds what was computed until this block ends: only then is there room
-                pass
-            self._make_room(lessons, plans)
-        most = max(plans, key=lambda plan: plan.peak_bytes, default=None)
+                # without a gradient there is nothing to make smaller; and what was computed is held by the exception,
+                # so room is made after this block
+                if most is None:
+                    raise
+            assert most is not None
+            self._make_room(usable, most)
         losses = tuple(reading.loss for reading in trial.readings)
         proposal = trial.proposal
         if trial.refusal is not None:
@@ -180,24 +184,25 @@ class Updater:
                 refusal = "the update is not finite"
         return _Trial(readings, gradients, norms, refusal, proposal)
 
-    def _make_room(self, lessons: Sequence[Lesson], plans: Sequence[ActivationPlan]) -> None:
-        """After memory ran out: give all of it back, and choose smaller plans from now on."""
+    def _plan(self, lesson: Lesson) -> ActivationPlan:
+        return self.preflight.plan(len(lesson.ids), lesson.rows)
+
+    def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan) -> None:
+        """After memory ran out: give all of it back, and go on with smaller plans than the largest one was."""
         self.out_of_memory += 1
         if self.attachment.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        most = max(plans, key=lambda plan: plan.peak_bytes)
         self.preflight.lower(most)
-        able = [lesson for lesson in lessons if lesson.refusal is None]
-        fewer = max((self.preflight.plan(len(lesson.ids), lesson.rows) for lesson in able), key=lambda p: p.peak_bytes)
-        longest = max(able, key=lambda lesson: len(lesson.ids))
-        tokens = len(longest.ids)
-        _log.warning("out of memory with %d tokens and activations kept by %r (%.1f MiB predicted): the update is done "
-                     "again %s", tokens, str(most), most.peak_bytes / 2**20,
-                     f"by {str(fewer)!r}" if fewer.peak_bytes < most.peak_bytes else "with half of the prompt")
-        if fewer.peak_bytes >= most.peak_bytes:
-            # the others keep one id of context, so that a shorter one is not refused for the sake of this one
-            least = max((lesson.rows + 1 for lesson in able if lesson is not longest), default=0)
-            raise NoRoom(min(tokens - 1, max(longest.rows + longest.prompt_length // 2, least)))
+        longest = max(lessons, key=lambda lesson: len(lesson.ids))
+        now = max(map(self._plan, lessons), key=_peak)
+        smaller = now.peak_bytes < most.peak_bytes
+        _log.warning("out of memory with %d tokens and activations kept by %r (%d bytes predicted): the update is done "
+                     "again %s", len(longest.ids), str(most), most.peak_bytes,
+                     f"by {str(now)!r}" if smaller else "with half of the prompt")
+        if not smaller:
+            # one id of context for each of the others, so that none is refused for the sake of the longest one
+            least = max((lesson.rows + 1 for lesson in lessons if lesson is not longest), default=0)
+            raise NoRoom(min(len(longest.ids) - 1, max(longest.rows + longest.prompt_length // 2, least)))
 
     def publish(self) -> None:
         """Serve the masters as they are now: one assignment, seen by all linears at once."""
@@ -250,6 +255,10 @@ class Updater:
                                lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
         self.protection.pull_to_base_(expert.layout, factors, expert.scaling)
         return _Proposal(factors, exp_avg, exp_avg_sq, used)
+
+
+def _peak(plan: ActivationPlan) -> int:
+    return plan.peak_bytes
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Bench:
                                   ReplayRing(4, 8, vocab_size=101), SeenIds(), Counters(), Position())
         attachment: Any = SimpleNamespace(model=self.model, binding=Binding())
         self.updater = Updater(attachment, self.store, self.protection, self.config)
-        self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {})
+        self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {}, lambda records: None)
 
     def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
         self.applier._make_active(name)

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner.activations import ActivationPlan
+from ogpstream.learner.activations import ActivationPlan, Policy
 from ogpstream.learner.binding import GradientSink
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.sites import Attachment, attach
@@ -18,7 +18,8 @@ from ogpstream.memory.adapters import AdapterStore
 TinyModel = Callable[..., tf.PreTrainedModel]
 Step = Callable[..., Generator[str, None, Reading]]
 
-PLANS = [ActivationPlan("keep", 1, 0), *(ActivationPlan("every", k, 0) for k in (1, 2)), ActivationPlan("offload", 1, 0)]
+POLICIES: list[tuple[Policy, int]] = [("keep", 1), ("every", 1), ("every", 2), ("offload", 1)]
+PLANS = [ActivationPlan(policy, every, 0) for policy, every in POLICIES]
 
 
 def _step(model: tf.PreTrainedModel) -> Step:
