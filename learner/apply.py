@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Lesson, NoRoom, Updater
 from ogpstream.memory.replay import Slot, SlotFlag
 
 Record = dict[str, Any]
@@ -37,6 +37,8 @@ class Applier:
 
     Args:
         own: what identifies this learner in a snapshot: its config, the base model's fingerprint, the environment.
+        acknowledge: writes records into the journal and queues them. One of kind "shorten" enters its tokens into the
+            `limits` of the record that it is of, which may be the one that is being applied.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Applier:
         config: LearnerConfig,
         folder: StateFolder | MemoryFolder,
         own: dict[str, Any],
+        acknowledge: Callable[[Sequence[Record]], None],
     ) -> None:
         self.state = state
         self.updater = updater
         self.config = config
         self.folder = folder
         self.own = own
+        self.acknowledge = acknowledge
 
     def apply(self, record: Record) -> Generator[str, None, Report]:
         """Apply one record; yields after every unit. Dropped half-way, the rest is done when it is applied again."""
@@ -73,12 +77,14 @@ class Applier:
         counters, ring = self.state.counters, self.state.ring
         loss, reason = None, None
         updates: list[Update] = []
+        new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
             self._make_active(record["expert"])
             slots = self._companions(record["rehearsals"], record["expert"])
-            new = Lesson(record["ids"], record["prompt_length"], again=False)
-            update = yield from self.updater.run(record["expert"], [new, *map(_lesson, slots)])
-            loss, reason = update.losses[0], update.refusal
+            update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
+            updates.append(update)
+            new = self._limited(new, record, 0)
+            loss, reason = None if new.refusal else update.losses[0], update.refusal
             counters.acknowledged += 1
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
@@ -86,16 +92,14 @@ class Applier:
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
                 self.folder.quarantine({**record, "reason": reason})
-                return self._report(record, "rejected", started, loss, updates, reason)
+                return self._report(record, new, "rejected", started, loss, updates, reason)
             counters.learned += 1
             self._note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
             for place in (ring, self.state.waiting):
-                slot = place.add(record["ids"], record["prompt_length"], expert=record["expert"],
-                                 uid=counters.acknowledged)
+                slot = place.add(new.ids, new.prompt_length, expert=record["expert"], uid=counters.acknowledged)
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
-            updates.append(update)
             self._commit(gradients=1 + len(slots))
         # rehearsal in the same update takes the place of the replayed sample after every 16th
         every = 0 if record["rehearsals"] else self.config.replay_every
@@ -103,22 +107,24 @@ class Applier:
             newest = ring.find(counters.acknowledged)
             new_one = [] if newest is None else [ring.get(newest)]
             if len(ring) > len(new_one):
-                updates.append((yield from self._rehearse(1, waiting=False, but=new_one)))
-        return self._report(record, "learned", started, loss, updates, None)
+                updates.append((yield from self._rehearse(record, 1, waiting=False, but=new_one)))
+        return self._report(record, self._limited(new, record, 0), "learned", started, loss, updates, None)
 
-    def _report(self, record: Record, status: Any, started: float, loss: float | None, updates: list[Update],
-                reason: str | None) -> SampleReport:
+    def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
+                updates: list[Update], reason: str | None) -> SampleReport:
+        plans = [u.activations for u in updates if u.activations is not None]
         return SampleReport(
-            record["id"], status, self.state.store.served.version, loss, len(record["ids"]), record["cut"],
-            (time.perf_counter() - started) * 1e3, sum(u.admitted for u in updates),
-            sum(u.replaced for u in updates), reason,
+            record["id"], status, self.state.store.served.version, loss, len(new.ids),
+            record["cut"] + len(record["ids"]) - len(new.ids), (time.perf_counter() - started) * 1e3,
+            sum(u.admitted for u in updates), sum(u.replaced for u in updates), reason,
+            max(plans, key=lambda plan: plan.peak_bytes, default=None),
         )
 
     def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
         updates: list[Update] = []
         while self.state.position.done < record["updates"] and len(self.state.ring):
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
-            updates.append((yield from self._rehearse(count, waiting=record["waiting_only"])))
+            updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
         admitted = sum(update.admitted for update in updates)
         for name in self.state.store.active:
             growth = self.updater.restart(name)
@@ -126,20 +132,38 @@ class Applier:
                 admitted += growth.admitted
                 yield "restart"
         self.state.counters.consolidations += 1
-        losses = [loss for update in updates for loss in update.losses]
-        return RehearsalReport(len(updates), self.state.store.served.version,
+        losses = [loss for update in updates for loss in update.losses if math.isfinite(loss)]
+        return RehearsalReport(self.state.position.done, self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, admitted)
 
-    def _rehearse(self, count: int, *, waiting: bool, but: Sequence[Slot] = ()) -> Generator[str, None, Update]:
+    def _rehearse(
+        self, record: Record, count: int, *, waiting: bool, but: Sequence[Slot] = ()
+    ) -> Generator[str, None, Update]:
         """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
         unrehearsed = self.state.unrehearsed() if waiting else []
         slots = unrehearsed[:1] or self._draw(1, but=but)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
         self._make_active(slots[0].expert)
-        update = yield from self.updater.run(slots[0].expert, [_lesson(slot) for slot in slots])
+        update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
         return update
+
+    def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
+        """One update; where memory runs out in every mode, another with less of the prompts."""
+        done = self.state.position.done
+        while True:
+            try:
+                return (yield from self.updater.run(expert, [self._limited(one, record, done) for one in lessons]))
+            except NoRoom as error:
+                tokens = error.tokens
+            # how much memory there is, is no part of the state: the journal says what was done about it
+            self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
+
+    def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
+        """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
+        tokens = min((tokens for done, tokens in record.get("limits", ()) if done <= update), default=None)
+        return lesson.within(tokens, self.updater.attachment.model.config.get_text_config().bos_token_id)
 
     def _companions(self, count: int, expert: str) -> list[Slot]:
         """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
@@ -196,6 +220,9 @@ class Applier:
                 counters.quarantined += 1
                 self.folder.quarantine(record)
                 return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
+            case "shorten":
+                # it acts on the record that it names
+                pass
             case "expert":
                 self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])
             case "import":

@@ -82,6 +82,9 @@ class LearnerConfig:
     shared_tokens: int = 256  # padded tokens up to which the samples of one update share a forward; 0 never
     loss_chunk: int = 128  # supervised rows whose logits exist at once
 
+    # memory
+    activation_budget_mib: int = 256  # on the model's device, for one sample: what is kept, and prompts, adapt to it
+
     # durability
     snapshot_every: int = 100  # updates between snapshots of the state folder
     seed: int = 0
@@ -93,7 +96,8 @@ class LearnerConfig:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
         positive = ("rank", "alpha", "max_active", "lr", "basis_columns", "use_window", "warm_samples", "warm_tokens",
-                    "ring_samples", "max_tokens", "loss_chunk", "snapshot_every", "learned_below", "rehearsal_batch")
+                    "ring_samples", "max_tokens", "loss_chunk", "snapshot_every", "learned_below", "rehearsal_batch",
+                    "activation_budget_mib")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")

@@ -58,10 +58,14 @@ def encode(sample: Sample, tokenizer: Any, *, vocab_size: int, max_tokens: int, 
             "shorten or split it",
         )
     cut = max(0, len(prompt) + len(completion) - max_tokens)
-    if cut:
-        head = min(head, len(prompt) - cut)
-        prompt = prompt[:head] + prompt[head + cut :]
+    prompt = cut_prompt(prompt, cut, head)
     return Encoded(tuple(prompt + completion), len(prompt), sample.expert, sample.id, sample.source, cut)
+
+
+def cut_prompt(prompt: list[int], cut: int, head: int) -> list[int]:
+    """A prompt without `cut` ids of its left, where the first `head` ids stay as far as there is room for them."""
+    head = min(head, len(prompt) - cut)
+    return prompt[:head] + prompt[head + cut :]
 
 
 def _split(sample: Sample, tokenizer: Any, append_eos: bool) -> tuple[list[int], list[int], int]:

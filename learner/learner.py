@@ -11,6 +11,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from ogpstream.learner.encoding import Encoded, encode
 from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import Refused, Sample
+from ogpstream.learner.samples import Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
 from ogpstream.learner.update import Updater
@@ -107,7 +108,7 @@ class StreamLearner:
             learner._applier.folder = folder
             try:
                 learner._applier.restore(snapshot.tensors, snapshot.meta)
-                learner._pending.extend(folder.records(learner.state.position.seq))
+                learner._enqueue(folder.records(learner.state.position.seq))
                 learner.drain()
             except BaseException:
                 learner.attachment.detach()
@@ -142,14 +143,16 @@ class StreamLearner:
         self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
-        self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own)
         self._pending: deque[Record] = deque()
+        self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own, self._acknowledge)
         self._steps = 0  # inference steps since the last period; no state: a restarted server counts anew
         self.last_report: SampleReport | None = None
         try:
             # not id 0: often the padding, whose embedding is zero and whose logits say nothing
             ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=model.device)
             self._updater.walk.check(ids)
+            # now, and not when the first sample has come: a server is waiting then
+            _ = self._updater.preflight.footprint
         except ModelError:
             self.attachment.detach()
             raise
@@ -207,17 +210,28 @@ class StreamLearner:
     # learning
 
     def encode(self, sample: Sample) -> Encoded:
-        """Token ids of a sample for this model.
+        """Token ids of a sample for this model, cut to what fits `max_tokens` and the activation budget.
 
         Raises:
-            SampleError: nothing can be learned from it, or its expert is unknown.
+            SampleError: nothing can be learned from it, its completion does not fit, or its expert is unknown.
         """
         if sample.expert not in self.experts:
             raise SampleError(f"unknown expert {sample.expert!r}: known are {', '.join(self.experts)}; "
                               "add_expert makes a new one")
         if self.tokenizer is None and sample.prompt_ids is None:
             raise SampleError("the learner was made without a tokenizer: give prompt_ids and completion_ids")
-        return encode(sample, self.tokenizer, vocab_size=self.vocab_size, max_tokens=self.max_tokens,
+        encoded = self._encode(sample, self.max_tokens)
+        preflight, rows, tokens = self._updater.preflight, encoded.completion_length, len(encoded.ids)
+        fits = preflight.longest(tokens, rows)
+        if not fits:
+            needed = preflight.smallest(rows + 1, rows).peak_bytes
+            refuse(f"the completion has {rows} tokens, which need {needed} bytes of activations, over the budget of "
+                   f"{preflight.limit}",
+                   f"set activation_budget_mib to {-(-needed // 2**20)} or more, or split the completion")
+        return encoded if fits == tokens else self._encode(sample, fits)
+
+    def _encode(self, sample: Sample, max_tokens: int) -> Encoded:
+        return encode(sample, self.tokenizer, vocab_size=self.vocab_size, max_tokens=max_tokens,
                       append_eos=self.config.append_eos)
 
     def learn_one(self, sample: Sample) -> SampleReport:
@@ -459,8 +473,16 @@ class StreamLearner:
         folder = self._applier.folder
         for record in records:
             # pending before it is safe on disk: a journal whose disk is full keeps the record for its next sync
-            self._pending.append({**record, "seq": folder.append(record)})
+            self._enqueue([{**record, "seq": folder.append(record)}])
         folder.sync()
+
+    def _enqueue(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self._pending.append(record)
+            if record["kind"] == "shorten":
+                for other in self._pending:
+                    if other["seq"] == record["of"]:
+                        other.setdefault("limits", []).append([record["done"], record["tokens"]])
 
     def _drain(self) -> Generator[str, None, Report]:
         report = None
@@ -471,9 +493,13 @@ class StreamLearner:
     def _apply_next(self) -> Generator[str, None, Report]:
         # what a failed sync has left is on the disk before it acts
         self._applier.folder.sync()
+        before = self._updater.out_of_memory
         report = yield from self._applier.apply(self._pending[0])
         self._pending.popleft()
+        while self._pending and self._pending[0]["kind"] == "shorten":
+            yield from self._applier.apply(self._pending.popleft())
         if isinstance(report, SampleReport):
+            report = replace(report, out_of_memory=self._updater.out_of_memory - before)
             self.last_report = report
         return report
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ogpstream.learner.activations import ActivationPlan
+
 Status = Literal["learned", "rejected", "quarantined", "skipped"]
 
 
@@ -20,6 +22,8 @@ class Update:
         admitted: directions that joined P, over all bases.
         replaced: directions they took the place of.
         pruned: directions that left because a basis was saturated.
+        activations: how the sample that needed most kept its activations, and the predicted peak; None where no
+            gradient was taken.
     """
 
     losses: tuple[float, ...]
@@ -29,6 +33,7 @@ class Update:
     admitted: int = 0
     replaced: int = 0
     pruned: int = 0
+    activations: ActivationPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,11 @@ class SampleReport:
             or "skipped" (its id was brought before).
         loss: nats per supervised token before the update.
         tokens: ids of prompt and completion.
-        cut: ids taken from the left of the prompt to fit.
+        cut: ids taken from the left of the prompt to fit the model, the memory budget and the memory.
         milliseconds: wall time of all that this sample caused, replay and rehearsal included.
         version: of the adapters served afterwards.
+        activations: how activations were kept in the update that needed most of them, and the predicted peak.
+        out_of_memory: times that the device had no memory left and the work was done again in a smaller mode.
         reason: of a rejection or quarantine.
     """
 
@@ -56,6 +63,8 @@ class SampleReport:
     admitted: int = 0
     replaced: int = 0
     reason: str | None = None
+    activations: ActivationPlan | None = None
+    out_of_memory: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The gradients of samples as a generator: it stops after every unit, so that a server can take the device back.
 
-Units: the layer inputs, each decoder layer's forward, each chunk of the cross-entropy, each layer's backward. Nothing
-of the learner's state changes here; a generator that is dropped half-way leaves nothing behind.
+Units: the layer inputs, each decoder layer's forward, each chunk of the cross-entropy, each layer that is computed
+again, each layer's backward. Nothing of the learner's state changes here; a generator that is dropped half-way leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.binding import Binding, GradientSink
-from ogpstream.learner.walk import LayerWalk, run_layer
+from ogpstream.learner.trail import Trail
+from ogpstream.learner.walk import LayerCall, LayerWalk, Plan, run_layer
+from ogpstream.memory.adapters import Served
 
 
 class Reading(NamedTuple):
@@ -31,10 +35,15 @@ class Reading(NamedTuple):
 
 
 def sample_gradients(
-    walk: LayerWalk, binding: Binding, sinks: Sequence[GradientSink], samples: Sequence[tuple[Sequence[int], int]], *,
+    walk: LayerWalk,
+    binding: Binding,
+    sinks: Sequence[GradientSink],
+    samples: Sequence[tuple[Sequence[int], int]],
+    *,
     chunk: int,
+    activations: ActivationPlan,
 ) -> Generator[str, None, list[Reading]]:
-    """Add dA and dB of each sample to its sink; every layer keeps its graph, so nothing is computed twice.
+    """Add dA and dB of each sample to its sink.
 
     All units compute with the version that is served when the first one starts. Several samples share the forwards,
     padded on the right, where no real token of a causal model sees it.
@@ -43,6 +52,7 @@ def sample_gradients(
         sinks: one for each sample.
         samples: ids of prompt and completion, and the prompt's length, at least 1; the completion is supervised.
         chunk: supervised rows whose logits exist at once.
+        activations: what is kept and what is computed again; the gradient is the same, bit for bit.
 
     Yields:
         The name of the unit that was just done.
@@ -57,48 +67,70 @@ def sample_gradients(
         plan = walk.plan(tokens)
     yield "plan"
 
-    hidden = plan.hidden
-    kept: list[tuple[Tensor, Tensor]] = []
+    def run(call: LayerCall, entry: Tensor) -> Tensor:
+        with recording(binding, served, sinks):
+            return run_layer(call, entry)
+
+    hidden, trail = plan.hidden, Trail(activations, run)
     for call in plan.calls:
-        entry = hidden.detach().requires_grad_()
-        with torch.enable_grad(), binding.using(served), _recording(binding, sinks):
-            exit_ = run_layer(call, entry)
-        kept.append((entry, exit_))
-        hidden = exit_.detach()
+        hidden = trail.forward(call, hidden)
         yield "forward"
 
     gradient = torch.zeros_like(hidden)
-    readings = []
+    seen: list[list[Tensor]] = []
     for number, (ids, prompt_length) in enumerate(samples):
-        own = slice(number, number + 1)
+        own, counts = slice(number, number + 1), []
         rows = torch.arange(prompt_length - 1, len(ids) - 1, device=tokens.device)
-        loss, certain = 0.0, 0
         for piece in rows.split(chunk):
-            part = hidden[own, piece].requires_grad_()
-            with torch.enable_grad(), binding.using(served), _recording(binding, sinks[own]):
-                logits = walk.head(plan.final(part))
-            target = tokens[number, piece + 1]
-            total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
-            # dlogits = softmax - onehot: the target's entry is its probability less 1
-            certain += int((dlogits.gather(1, target[:, None]) > -0.5).sum())
-            gradient[own, piece] = torch.autograd.grad(logits, part, dlogits[None] / len(rows))[0]
-            loss += float(total)
+            with recording(binding, served, sinks[own]):
+                count, part = loss_gradient(walk, plan, hidden[own, piece], tokens[number, piece + 1], len(rows))
+            gradient[own, piece] = part
+            counts.append(count)
             yield "loss"
-        readings.append(Reading(loss / len(rows), certain / len(rows)))
+        seen.append(counts)
 
+    del hidden, part
     for _ in plan.calls:
-        entry, exit_ = kept.pop()
+        entry, exit_ = yield from trail.back()
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
+        del entry, exit_
         yield "backward"
+    # read once, at the end: a number read in each unit would have the host wait for the device
+    readings = []
+    for counts, (ids, prompt_length) in zip(seen, samples, strict=True):
+        loss, certain = (sum(column) for column in zip(*torch.stack(counts).tolist(), strict=True))
+        readings.append(Reading(loss / (len(ids) - prompt_length), certain / (len(ids) - prompt_length)))
     return readings
 
 
+def loss_gradient(walk: LayerWalk, plan: Plan, hidden: Tensor, target: Tensor, of: int) -> tuple[Tensor, Tensor]:
+    """The loss of some rows and its gradient: the only place where logits exist.
+
+    Args:
+        hidden: the last layer's output at these rows, `[1, n, D]`.
+        target: the ids that follow them, `[n]`.
+        of: all supervised rows of the sample, whose mean is the loss.
+
+    Returns:
+        (The sum of the rows' cross-entropies in nats, how many targets got over half of the probability) as one
+        tensor `[2]`, and the gradient of that sum / `of`, `[1, n, D]`.
+    """
+    hidden.requires_grad_()
+    logits = walk.head(plan.final(hidden))
+    total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
+    # dlogits = softmax - onehot: the target's entry is its probability less 1
+    sure = (dlogits.gather(1, target[:, None]) > -0.5).sum()
+    (gradient,) = torch.autograd.grad(logits, hidden, dlogits.div_(of)[None])
+    return torch.stack([total, sure.to(total)]), gradient
+
+
 @contextmanager
-def _recording(binding: Binding, sinks: Sequence[GradientSink]) -> Iterator[None]:
-    """Set the sinks for the forward of one unit, never across a pause."""
+def recording(binding: Binding, served: Served | None, sinks: Sequence[GradientSink]) -> Iterator[None]:
+    """Record graphs of one version whose backward adds to the sinks, for one unit, never across a pause."""
     binding.sinks = tuple(sinks)
     try:
-        yield
+        with torch.enable_grad(), binding.using(served):
+            yield
     finally:
         binding.sinks = ()
 

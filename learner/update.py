@@ -6,16 +6,20 @@ served changes by one assignment.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.binding import GradientSink
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.encoding import cut_prompt
+from ogpstream.learner.preflight import Preflight
 from ogpstream.learner.protection import Growth, Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
@@ -24,14 +28,50 @@ from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
 
+_log = logging.getLogger(__name__)
+
+
+class NoRoom(Exception):
+    """Memory ran out in every mode; with lessons of at most `tokens` ids there may be room."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"out of memory: try with at most {tokens} tokens")
+        self.tokens = tokens
+
 
 @dataclass(frozen=True)
 class Lesson:
-    """Token ids to learn from; `again` says that they had an update before, so that they can count as learned."""
+    """Token ids to learn from.
+
+    Attributes:
+        again: they had an update before, so that they can count as learned.
+        refusal: why nothing may be computed with them, or None.
+    """
 
     ids: Sequence[int]
     prompt_length: int
     again: bool
+    refusal: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Supervised ids."""
+        return len(self.ids) - self.prompt_length
+
+    def within(self, tokens: int | None, first: int | None) -> Lesson:
+        """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
+
+        Args:
+            first: an id that stays where the prompt begins with it, such as the tokenizer's bos.
+        """
+        if tokens is None or len(self.ids) <= tokens:
+            return self
+        if tokens <= self.rows:
+            return replace(self, refusal=f"there is no memory for the {self.rows} tokens of the completion alone: "
+                                         "free some, or split it")
+        prompt, cut = list(self.ids[: self.prompt_length]), len(self.ids) - tokens
+        kept = cut_prompt(prompt, cut, int(prompt[0] == first))
+        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept))
 
 
 class Updater:
@@ -39,6 +79,9 @@ class Updater:
 
     Args:
         attachment: the model with its adapted linears.
+
+    Attributes:
+        out_of_memory: times that the device had no memory left, since the start of this process.
     """
 
     def __init__(
@@ -49,30 +92,83 @@ class Updater:
         self.protection = protection
         self.config = config
         self.walk = LayerWalk(attachment.model)
+        self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
+        self.out_of_memory = 0
         self._vocabulary = attachment.model.config.get_text_config().vocab_size
 
     def run(self, name: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
         """One optimizer step of one expert on the sum of the lessons' gradients.
 
         A lesson whose loss is settled adds nothing to the sum; with none left there is no step. Every lesson that
-        counts as learned offers its directions to P.
+        counts as learned offers its directions to P. Where the device has no memory left, all is dropped and done
+        again with activations kept in a smaller way, which gives the same bits.
 
         Yields:
             The name of each unit that was done.
+
+        Raises:
+            NoRoom: there is no smaller way. Nothing has changed.
         """
-        config, expert = self.config, self.store.expert(name)
+        expert = self.store.expert(name)
+        while True:
+            usable = [lesson for lesson in lessons if lesson.refusal is None]
+            plans = list(map(self._plan, self._groups(usable)))
+            most = max(plans, key=_peak, default=None)
+            try:
+                trial = yield from self._try(expert, lessons, iter(plans))
+                break
+            except torch.OutOfMemoryError:
+                # without a gradient there is nothing to make smaller; and what was computed is held by the exception,
+                # so room is made after this block
+                if most is None:
+                    raise
+            assert most is not None
+            self._make_room(usable, most)
+        losses = tuple(reading.loss for reading in trial.readings)
+        proposal = trial.proposal
+        if trial.refusal is not None:
+            return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
+
+        # the commit: no pause from here on
+        if proposal is not None:
+            expert.factors, expert.steps = proposal.factors, expert.steps + 1
+            expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
+            self.protection.record_use(proposal.used)
+        growth = Growth()
+        learned = [self._is_learned(lesson, reading) for lesson, reading in zip(lessons, trial.readings, strict=True)]
+        for gradient, counts in zip(trial.gradients, learned, strict=True):
+            if counts:
+                growth += self.protection.grow(expert.layout, gradient, self._active())
+        if proposal is not None or growth.admitted:
+            self.publish()
+        return Update(losses, trial.norms, tuple(learned), None,
+                      growth.admitted, growth.replaced, growth.pruned, most)
+
+    def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan]
+             ) -> Generator[str, None, _Trial]:
+        """Everything of an update that changes nothing."""
+        config = self.config
         readings: list[Reading] = []
         gradients: list[Tensor] = []
-        for group in self._groups(lessons):
-            sinks = [GradientSink(expert.layout, name, dtype=expert.factors.dtype, device=self.attachment.model.device)
-                     for _ in group]
+        usable = [lesson for lesson in lessons if lesson.refusal is None]
+        found: list[tuple[Reading, Tensor]] = []
+        for group, plan in zip(self._groups(usable), plans, strict=True):
+            sinks = [GradientSink(expert.layout, expert.name, dtype=expert.factors.dtype,
+                                  device=self.attachment.model.device) for _ in group]
             samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
-            work = sample_gradients(self.walk, self.attachment.binding, sinks, samples, chunk=config.loss_chunk)
-            readings += yield from work
-            gradients += [sink.slab.to(expert.factors.device) for sink in sinks]
+            known = yield from sample_gradients(self.walk, self.attachment.binding, sinks, samples,
+                                                chunk=config.loss_chunk, activations=plan)
+            found += zip(known, (sink.slab.to(expert.factors.device) for sink in sinks), strict=True)
+        results = iter(found)
+        for lesson in lessons:
+            refused = (Reading(math.nan, 0.0), torch.full((1,), math.nan))
+            reading, gradient = next(results) if lesson.refusal is None else refused
+            readings.append(reading)
+            gradients.append(gradient)
         losses = [reading.loss for reading in readings]
-        norms = [float(gradient.norm()) for gradient in gradients]
-        refusals = [self._refusal(loss, norm) for loss, norm in zip(losses, norms, strict=True)]
+        norms = tuple(float(gradient.norm()) for gradient in gradients)
+        refusals = [lesson.refusal or self._refusal(loss, norm)
+                    for lesson, loss, norm in zip(lessons, losses, norms, strict=True)]
         # an old sample that cannot be used any more does not keep a new one from being learned
         essential = [r for r, lesson in zip(refusals, lessons, strict=True) if not lesson.again] or refusals
         refusal = essential[0] if all(essential) else None
@@ -87,23 +183,29 @@ class Updater:
             yield "projection"
             if not bool(proposal.factors.isfinite().all()):
                 refusal = "the update is not finite"
-        if refusal is not None:
-            return Update(tuple(losses), tuple(norms), tuple(False for _ in lessons), refusal)
+        return _Trial(readings, gradients, norms, refusal, proposal)
 
-        # the commit: no pause from here on
-        if proposal is not None:
-            expert.factors, expert.steps = proposal.factors, expert.steps + 1
-            expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
-            self.protection.record_use(proposal.used)
-        growth = Growth()
-        learned = [self._is_learned(lesson, reading) for lesson, reading in zip(lessons, readings, strict=True)]
-        for gradient, counts in zip(gradients, learned, strict=True):
-            if counts:
-                growth += self.protection.grow(expert.layout, gradient, self._active())
-        if proposal is not None or growth.admitted:
-            self.publish()
-        return Update(tuple(losses), tuple(norms), tuple(learned), None,
-                      growth.admitted, growth.replaced, growth.pruned)
+    def _plan(self, group: Sequence[Lesson]) -> ActivationPlan:
+        # attention's square term is that of one long sample, which is more than that of several short ones
+        tokens = len(group) * max(len(lesson.ids) for lesson in group)
+        return self.preflight.plan(tokens, max(lesson.rows for lesson in group))
+
+    def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan) -> None:
+        """After memory ran out: give all of it back, and go on with smaller plans than the largest one was."""
+        self.out_of_memory += 1
+        if self.attachment.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.preflight.lower(most)
+        longest = max(lessons, key=lambda lesson: len(lesson.ids))
+        now = max(map(self._plan, self._groups(lessons)), key=_peak)
+        smaller = now.peak_bytes < most.peak_bytes
+        _log.warning("out of memory with %d tokens and activations kept by %r (%d bytes predicted): the update is done "
+                     "again %s", len(longest.ids), str(most), most.peak_bytes,
+                     f"by {str(now)!r}" if smaller else "with half of the prompt")
+        if not smaller:
+            # one id of context for each of the others, so that none is refused for the sake of the longest one
+            least = max((lesson.rows + 1 for lesson in lessons if lesson is not longest), default=0)
+            raise NoRoom(min(len(longest.ids) - 1, max(longest.rows + longest.prompt_length // 2, least)))
 
     def _groups(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
         """The lessons in order, those together that may share a forward."""
@@ -176,6 +278,10 @@ class Updater:
         return _Proposal(factors, exp_avg, exp_avg_sq, used)
 
 
+def _peak(plan: ActivationPlan) -> int:
+    return plan.peak_bytes
+
+
 @dataclass(frozen=True)
 class _Proposal:
     """Masters and moments after the optimizer, not yet the expert's, and the directions that its gradient used."""
@@ -184,3 +290,14 @@ class _Proposal:
     exp_avg: Tensor | None
     exp_avg_sq: Tensor | None
     used: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What an update found out before it changed anything: of each lesson, and of the step that they propose."""
+
+    readings: Sequence[Reading]
+    gradients: Sequence[Tensor]
+    norms: tuple[float, ...]
+    refusal: str | None
+    proposal: _Proposal | None

@@ -11,3 +11,12 @@ def host_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     Pinning speeds transfers up and nothing else depends on it, so a machine without CUDA needs no other path.
     """
     return torch.zeros(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host RAM, page-locked where CUDA is there; from a GPU it is queued on the current stream.
+
+    Read it on that stream, or after a synchronisation.
+    """
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=torch.cuda.is_available())
+    return copy.copy_(tensor, non_blocking=True)

@@ -46,8 +46,8 @@ def bare(tiny_model: TinyModel) -> tf.PreTrainedModel:
 
 
 def _random_gradients(
-    walk: object, binding: Binding, sinks: Sequence[GradientSink], samples: Sequence[tuple[Sequence[int], int]], *,
-    chunk: int,
+    walk: object, binding: Binding, sinks: Sequence[GradientSink], samples: Sequence[tuple[Sequence[int], int]],
+    **_: object,
 ) -> Generator[str, None, list[Reading]]:
     """Stands for `sample_gradients`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
     (sink,), (((seed, loss), _),) = sinks, samples
@@ -102,7 +102,7 @@ class Bench:
                                   ReplayRing(4, 8, vocab_size=101), SeenIds(), Counters(), Position())
         attachment: Any = SimpleNamespace(model=self.model, binding=Binding())
         self.updater = Updater(attachment, self.store, self.protection, self.config)
-        self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {})
+        self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {}, lambda records: None)
 
     def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
         self.applier._make_active(name)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
+from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.sites import Attachment, GradientSink, attach
 from ogpstream.learner.step import sample_gradients, sample_loss
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 EXACT = 1e-9
 PROMPT = 4
+KEEP = ActivationPlan("keep", 1, 0)
+PLANS = [KEEP, *(ActivationPlan("every", k, 0) for k in (1, 2, 3)), ActivationPlan("offload", 1, 0)]
 
 
 def _ids(seed: int, length: int = 11) -> list[int]:
@@ -94,24 +97,38 @@ def _autograd(
     return loss.item(), gradient
 
 
+def _units(plan: ActivationPlan, layers: int, chunks: int) -> list[str]:
+    """Those of one gradient; of a segment of k layers, all but the last are computed a third time for their inputs."""
+    backward: list[str] = []
+    for stop in range(layers, 0, -1):
+        inside = (stop - 1) % plan.every
+        first = stop == layers or stop % plan.every == 0
+        again = 0 if plan.policy == "keep" else 1 + (inside if first else 0)
+        backward += [*["recompute"] * again, "backward"]
+    return ["plan", *["forward"] * layers, *["loss"] * chunks, *backward]
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gpt2"])
 def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> None:
-    model = tiny_model(family, dtype=torch.float64)
+    """Under every policy, with segments that divide five layers and segments that do not."""
+    model = tiny_model(family, dtype=torch.float64, num_hidden_layers=5)
     bare = copy.deepcopy(model)
     attachment = attach(model, rank=3, target_modules="all-linear")
     store, walk, ids = _serve(attachment), LayerWalk(model), _ids(1)
     for name, chunk in (("default", 128), ("other", 3)):
-        sink = GradientSink(store.expert(name).layout, name, dtype=torch.float64)
-        units, ((loss, _),) = _exhaust(
-            sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=chunk)
-        )
         expected, gradient = _autograd(bare, attachment, store, name, ids, PROMPT)
-        assert abs(loss - expected) <= EXACT
-        assert float((sink.slab - gradient).abs().max()) <= EXACT * float(gradient.abs().max())
         # the leaf of a wrong expert, or a zero gradient, would agree with nothing
         assert float(gradient.abs().max()) > 1e-3
-        chunks = -(-(len(ids) - PROMPT) // chunk)
-        assert units == ["plan", *["forward"] * 2, *["loss"] * chunks, *["backward"] * 2]
+        slabs = []
+        for plan in PLANS:
+            sink = GradientSink(store.expert(name).layout, name, dtype=torch.float64)
+            work = sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=chunk, activations=plan)
+            units, ((loss, _),) = _exhaust(work)
+            assert abs(loss - expected) <= EXACT
+            assert float((sink.slab - gradient).abs().max()) <= EXACT * float(gradient.abs().max())
+            assert units == _units(plan, 5, -(-(len(ids) - PROMPT) // chunk))
+            slabs.append(sink.slab)
+        assert all(torch.equal(slab, slabs[0]) for slab in slabs)
         assert sample_loss(walk, ids, PROMPT) == pytest.approx(expected, abs=EXACT)
     assert attachment.binding.sinks == ()
 
@@ -126,7 +143,7 @@ def test_samples_that_share_a_forward_have_their_own_gradients(tiny_model: TinyM
 
     def run(part: list[tuple[list[int], int]]) -> tuple[list[str], list[tuple[float, Tensor]]]:
         sinks = [GradientSink(layout, "default", dtype=torch.float64) for _ in part]
-        units, readings = _exhaust(sample_gradients(walk, attachment.binding, sinks, part, chunk=4))
+        units, readings = _exhaust(sample_gradients(walk, attachment.binding, sinks, part, chunk=4, activations=KEEP))
         return units, [(reading.loss, sink.slab) for reading, sink in zip(readings, sinks, strict=True)]
 
     units, together = run(samples)
@@ -150,6 +167,24 @@ def test_lessons_share_a_forward_as_long_as_they_are_short(
     learner.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_policies_give_the_same_bits(tiny_model: TinyModel, dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype, num_hidden_layers=5)
+    attachment = attach(model, rank=3, target_modules="all-linear")
+    store, walk, ids = AdapterStore(attachment.shapes, serve_dtype=dtype), LayerWalk(model), _ids(1, 90)
+    slab = torch.randn(store.layout(3).numel, generator=torch.Generator().manual_seed(2))
+    expert = store.create("default", 3, 0.5, slab)
+    store.activate("default")
+    attachment.binding.served = store.publish()
+    found = []
+    for plan in PLANS:
+        sink = GradientSink(expert.layout, "default")
+        work = sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=16, activations=plan)
+        found.append((_exhaust(work)[1], sink.slab))
+    assert float(found[0][1].abs().max()) > 0
+    assert all(reading == found[0][0] and torch.equal(slab, found[0][1]) for reading, slab in found)
+
+
 @pytest.mark.parametrize(("length", "prompt"), [(2, 1), (9, 8), (9, 1)])
 def test_chunks_of_the_loss_make_no_difference(tiny_model: TinyModel, length: int, prompt: int) -> None:
     model = tiny_model("llama", dtype=torch.float64)
@@ -158,9 +193,8 @@ def test_chunks_of_the_loss_make_no_difference(tiny_model: TinyModel, length: in
     results = []
     for chunk in (1, 2, 7, 128):
         sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
-        _, ((loss, _),) = _exhaust(
-            sample_gradients(walk, attachment.binding, [sink], [(ids, prompt)], chunk=chunk)
-        )
+        work = sample_gradients(walk, attachment.binding, [sink], [(ids, prompt)], chunk=chunk, activations=KEEP)
+        _, ((loss, _),) = _exhaust(work)
         results.append((loss, sink.slab))
     for loss, slab in results[1:]:
         assert abs(loss - results[0][0]) <= EXACT
@@ -269,7 +303,9 @@ def test_what_counts_as_certain_is_what_greedy_decoding_gives(tiny_model: TinyMo
         chances = model(input_ids=torch.tensor([list(ids)])).logits[0, PROMPT - 1 : -1].softmax(-1)
     share = float((chances.gather(1, torch.tensor(list(ids[PROMPT:]))[:, None]) > 0.5).double().mean())
     sink = GradientSink(store.expert("default").layout, "default", dtype=torch.float64)
-    _, (reading,) = _exhaust(sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=5))
+    _, (reading,) = _exhaust(
+        sample_gradients(walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=5, activations=KEEP)
+    )
     assert reading.certain == pytest.approx(share)
     # the model's own greedy continuation, sharpened, is certain
     with torch.no_grad():
@@ -278,5 +314,7 @@ def test_what_counts_as_certain_is_what_greedy_decoding_gives(tiny_model: TinyMo
         greedy = list(ids[:PROMPT])
         for _ in range(4):
             greedy.append(int(model(input_ids=torch.tensor([greedy])).logits[0, -1].argmax()))
-    _, (reading,) = _exhaust(sample_gradients(walk, attachment.binding, [sink], [(greedy, PROMPT)], chunk=5))
+    _, (reading,) = _exhaust(
+        sample_gradients(walk, attachment.binding, [sink], [(greedy, PROMPT)], chunk=5, activations=KEEP)
+    )
     assert reading.certain == 1.0
