@@ -16,7 +16,7 @@ class BatchingEngine:
     """Pauses the batches for each unit, and only where no row is half-way: all rows of a batch share one version.
 
     Blocks of its prefix cache hold keys and values of the version that filled them, and are matched by token ids
-    alone; so all blocks are forgotten inside the pause in which another version is published.
+    alone; so all blocks are evicted inside the pause in which another version is published.
 
     Args:
         manager: a `ContinuousBatchingManager`, from `model.init_continuous_batching(...)`; started before the loop.
@@ -50,7 +50,9 @@ class BatchingEngine:
 
     def adapter_changed(self, version: int) -> None:
         if self._manager.batch_processor is not None:
-            self._manager.batch_processor.cache.free_all_requests(clear_ledgers=True)
+            # no row holds a block now, so this is all of them. `free_all_requests(clear_ledgers=True)` would forget
+            # them without giving them back to the pool, which then runs dry after some versions
+            self._manager.batch_processor.cache.evict_cached_blocks()
 
     def _half_way(self) -> bool:
         processor = self._manager.batch_processor

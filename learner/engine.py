@@ -40,8 +40,8 @@ class LoopEngine:
         with engine.request(), learner.pinned() as version:
             tokens = model.generate(**inputs)
 
-    Several threads may have requests at once. The lock is had by turns: the loop never takes it twice in a row
-    while a request waits.
+    Several threads may have requests at once. Otherwise the lock is had by turns: the idle loop never takes it twice
+    in a row while a request waits, and requests one after the other let it in between two of them.
 
     Args:
         on_change: called with the new version inside the lock; where a prefix cache is cleared. It needs none where
@@ -53,19 +53,20 @@ class LoopEngine:
         self._turn = threading.Condition()
         self._running = 0  # requests inside
         self._waiting = 0  # requests before the lock
-        self._learning = False
-        self._learned_last = False  # the loop was the last to hold the lock
+        self._learning = False  # the idle loop is inside
+        self._asked = False  # the idle loop is before the lock
+        self._learned_last = False  # the idle loop had the last turn
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Hold the model for one generation; waits for the unit that is being done."""
+        """Hold the model for one generation; waits for the unit that is being done, or whose turn it is."""
         with self._turn:
             self._waiting += 1
             try:
-                self._turn.wait_for(lambda: not self._learning)
-                self._running += 1
+                self._turn.wait_for(self._request_may)
             finally:
                 self._waiting -= 1
+            self._running += 1
             self._learned_last = False
         try:
             yield
@@ -81,7 +82,11 @@ class LoopEngine:
     def exclusive(self) -> Iterator[None]:
         """Waits for the requests inside to end."""
         with self._turn:
-            self._turn.wait_for(lambda: not self._running and not (self._waiting and self._learned_last))
+            self._asked = True
+            try:
+                self._turn.wait_for(lambda: not self._running and not (self._waiting and self._learned_last))
+            finally:
+                self._asked = False
             self._learning = True
         try:
             yield
@@ -93,3 +98,8 @@ class LoopEngine:
     def adapter_changed(self, version: int) -> None:
         if self._on_change is not None:
             self._on_change(version)
+
+    def _request_may(self) -> bool:
+        # beside another request the idle loop cannot go first, and to hold this one up would help nobody
+        its_turn = self._asked and not self._learned_last and not self._running
+        return not self._learning and not its_turn
