@@ -1,6 +1,7 @@
 """Requests from a second thread while updates run: each one is of one version, and waits for one unit."""
 
 import copy
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,15 @@ def _ids(seed: int, length: int = 9) -> list[int]:
 def _sample(seed: int) -> Sample:
     ids = _ids(seed)
     return Sample(prompt_ids=tuple(ids[:3]), completion_ids=tuple(ids[3:]))
+
+
+@pytest.fixture(autouse=True)
+def busy_scheduler() -> Iterator[None]:
+    """Threads change every 20 us: by the usual 5 ms, longer than a unit here, none would come in the midst of one."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(2e-5)
+    yield
+    sys.setswitchinterval(usual)
 
 
 @pytest.fixture
@@ -70,7 +80,7 @@ class Counting(LoopEngine):
         self.learner = learner
         self.served: dict[int, Served | None] = {}
         self._keep(learner.version)
-        self.units = 0
+        self.units = self.ended = 0
         self.waits: list[int] = []
         self.learning = self.serving = 0.0
         self.over = False
@@ -82,9 +92,9 @@ class Counting(LoopEngine):
     def request(self) -> Iterator[None]:
         with ExitStack() as stack:
             with self._turn:
-                running, before = self._learning, self.units
+                before = self.ended
                 stack.enter_context(super().request())
-                self.waits.append(self.units - before + running)
+                self.waits.append(self.ended - before)
             started = time.perf_counter()
             yield
             self.serving += time.perf_counter() - started
@@ -98,6 +108,7 @@ class Counting(LoopEngine):
                 self._turn.notify_all()
             yield
             self.learning += time.perf_counter() - started
+            self.ended += 1
 
     def rest(self) -> None:
         """Until a unit has begun and units had as much time as requests."""
