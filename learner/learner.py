@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,7 +49,8 @@ class StreamLearner:
     """Learns single samples into LoRA experts of a frozen model, with what was learned protected.
 
     The model object stays the caller's: its adapted linears serve the newest version at once. Not thread-safe: one
-    thread learns; others may run forwards of the model meanwhile.
+    thread learns; others may run forwards of the model meanwhile. In a server an `IdleLoop` learns, and others reach
+    the learner through it.
 
     Args:
         model: a decoder of transformers without PEFT layers; frozen and put in eval mode.
@@ -146,6 +149,10 @@ class StreamLearner:
         self._pending: deque[Record] = deque()
         self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own, self._acknowledge)
         self._steps = 0  # inference steps since the last period; no state: a restarted server counts anew
+        # set by an IdleLoop: the ident of the one thread that may change the state now, 0 for none of them; and who
+        # is told of each record that was applied, by its number
+        self.reserved_for: int | None = None
+        self.on_applied: Callable[[int, Report], None] | None = None
         self.last_report: SampleReport | None = None
         try:
             # not id 0: often the padding, whose embedding is zero and whose logits say nothing
@@ -170,6 +177,17 @@ class StreamLearner:
         served = self.state.store.served
         return served.version
 
+    @contextmanager
+    def pinned(self) -> Iterator[int]:
+        """Keep the served version for this thread or task, whatever is published meanwhile; gives its number.
+
+        For a generation, whose forwards share a cache. Not across a `yield` of a generator.
+        """
+        served = self.attachment.binding.current()
+        assert served is not None
+        with self.attachment.binding.using(served):
+            yield served.version
+
     @property
     def experts(self) -> tuple[str, ...]:
         return self.state.store.names
@@ -178,6 +196,11 @@ class StreamLearner:
     def pending(self) -> int:
         """Acknowledged records that are not, or not wholly, applied."""
         return len(self._pending)
+
+    @property
+    def oldest_pending(self) -> int | None:
+        """Number in the journal of the record that `apply_next` applies; None if nothing is pending."""
+        return self._pending[0]["seq"] if self._pending else None
 
     def state_sha256(self) -> str:
         """Hash of the whole state; equal for equal histories on the same build, device and thread count."""
@@ -248,17 +271,68 @@ class StreamLearner:
         The sample is acknowledged before the first unit. Closing the generator aborts the unit's update; the sample
         stays pending and is learned by the next call of any learning method.
         """
-        if sample.id is not None and sample.id in self.state.seen:
+        if self._known(sample):
             self.last_report = SampleReport(sample.id, "skipped", self.version)
             return self.last_report
-        # one that an aborted step has left pending is not acknowledged twice
-        if sample.id is None or all(record.get("id") != sample.id for record in self._pending):
-            self._acknowledge([self._record(sample, rehearsals=0)])
+        self.accept(sample)
         report: Report = None
         while self._pending:
-            done = yield from self._apply_next()
+            done = yield from self.apply_next()
             report = done if isinstance(done, SampleReport) else report
         assert isinstance(report, SampleReport)
+        return report
+
+    def accept(self, sample: Sample) -> int | None:
+        """Acknowledge a sample, which is learned by the next call of any learning method.
+
+        Returns:
+            Its number in the journal, or None if its id was brought before.
+
+        Raises:
+            SampleError: the sample is unusable; the state is unharmed.
+            StateError: the journal cannot be written.
+        """
+        # one that an aborted step has left pending is not acknowledged twice
+        if self._known(sample) or sample.id is not None and any(r.get("id") == sample.id for r in self._pending):
+            return None
+        self._acknowledge([self._record(sample, rehearsals=0)])
+        return int(self._pending[-1]["seq"])
+
+    def accept_rehearsal(self, updates: int | None = None, *, limit: int | None = None) -> bool:
+        """Acknowledge a rehearsal, which is done by the next call of any learning method.
+
+        Args:
+            updates: on random samples; None is one for each sample that was not rehearsed yet.
+            limit: the most updates, so that a new correction need not wait for all of them.
+
+        Returns:
+            False if there is nothing to rehearse.
+        """
+        count = len(self.state.unrehearsed()) if updates is None else updates
+        count = count if limit is None else min(count, limit)
+        if not count or not len(self.state.ring):
+            return False
+        self._acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])
+        return True
+
+    def apply_next(self) -> Generator[str, None, Report]:
+        """Apply the oldest pending record as a generator that stops after every unit of work.
+
+        Closing the generator aborts the unit's update; the record stays pending. An error of a unit does the same.
+        """
+        self._check_reserved()
+        # what a failed sync has left is on the disk before it acts
+        self._applier.folder.sync()
+        before = self._updater.out_of_memory
+        report = yield from self._applier.apply(self._pending[0])
+        record = self._pending.popleft()
+        while self._pending and self._pending[0]["kind"] == "shorten":
+            yield from self._applier.apply(self._pending.popleft())
+        if isinstance(report, SampleReport):
+            report = replace(report, out_of_memory=self._updater.out_of_memory - before)
+            self.last_report = report
+        if self.on_applied is not None:
+            self.on_applied(record["seq"], report)
         return report
 
     def learn_batch(self, samples: Iterable[Sample | Refused], *, refuse: bool = False,
@@ -299,7 +373,7 @@ class StreamLearner:
         self._acknowledge(records)
         reports = []
         while self._pending:
-            report = _exhaust(self._apply_next())
+            report = _exhaust(self.apply_next())
             assert isinstance(report, SampleReport)
             reports.append(report)
             if on_report is not None:
@@ -339,10 +413,8 @@ class StreamLearner:
         if updates is not None and updates < 0:
             raise ConfigError(f"updates is {updates}: give 0 or more, or nothing for all that waits")
         self.drain()
-        count = len(self.state.unrehearsed()) if updates is None else updates
-        if not count or not len(self.state.ring):
+        if not self.accept_rehearsal(updates):
             return RehearsalReport(0, self.version)
-        self._acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])
         report = self.drain()
         assert isinstance(report, RehearsalReport)
         return report
@@ -420,6 +492,7 @@ class StreamLearner:
         Raises:
             StateError: the folder cannot be written, or holds another state.
         """
+        self._check_reserved()
         if folder is None:
             self._applier.checkpoint()
             return
@@ -454,6 +527,7 @@ class StreamLearner:
 
     def close(self) -> None:
         """Release the state folder and take the adapters out of the model."""
+        self._check_reserved()
         self._applier.folder.close()
         self.attachment.detach()
 
@@ -469,7 +543,15 @@ class StreamLearner:
                 # for a person who reviews what was refused or undone
                 "source": sample.source, "meta": sample.meta}
 
+    def _known(self, sample: Sample) -> bool:
+        return sample.id is not None and sample.id in self.state.seen
+
+    def _check_reserved(self) -> None:
+        if self.reserved_for not in (None, threading.get_ident()):
+            raise StateError("an IdleLoop drives this learner: use its submit and call, or close it first")
+
     def _acknowledge(self, records: Sequence[Record]) -> None:
+        self._check_reserved()
         folder = self._applier.folder
         for record in records:
             # pending before it is safe on disk: a journal whose disk is full keeps the record for its next sync
@@ -487,20 +569,7 @@ class StreamLearner:
     def _drain(self) -> Generator[str, None, Report]:
         report = None
         while self._pending:
-            report = yield from self._apply_next()
-        return report
-
-    def _apply_next(self) -> Generator[str, None, Report]:
-        # what a failed sync has left is on the disk before it acts
-        self._applier.folder.sync()
-        before = self._updater.out_of_memory
-        report = yield from self._applier.apply(self._pending[0])
-        self._pending.popleft()
-        while self._pending and self._pending[0]["kind"] == "shorten":
-            yield from self._applier.apply(self._pending.popleft())
-        if isinstance(report, SampleReport):
-            report = replace(report, out_of_memory=self._updater.out_of_memory - before)
-            self.last_report = report
+            report = yield from self.apply_next()
         return report
 
     def _check_new(self, name: str) -> None:

@@ -75,3 +75,34 @@ class RehearsalReport:
     version: int
     mean_loss: float | None = None
     admitted: int = 0
+
+
+@dataclass(frozen=True)
+class LoopStatus:
+    """What an idle loop has done so far.
+
+    Attributes:
+        updates: records of samples and rehearsals that were applied.
+        units: that were run, those of aborted updates included.
+        pending: records that are acknowledged and not applied.
+        half_way: an update has begun and not ended.
+        paused: by `pause`.
+        waits: times that the loop stood back for a request after a unit.
+        longest_wait: most units that were in the way of a request: 1 on a CPU, at most 2 on a CUDA device.
+        longest_unit: seconds in the engine's lock.
+        aborted: updates that were dropped half-way; their records are applied later.
+        failures: errors of units and of the engine.
+        last_error: of these, or None.
+    """
+
+    updates: int = 0
+    units: int = 0
+    pending: int = 0
+    half_way: bool = False
+    paused: bool = False
+    waits: int = 0
+    longest_wait: int = 0
+    longest_unit: float = 0.0
+    aborted: int = 0
+    failures: int = 0
+    last_error: str | None = None
