@@ -230,6 +230,22 @@ class StreamLearner:
             "state_sha256": self.state_sha256(),
         }
 
+    def warm_up(self) -> None:
+        """Compile the kernels of forwards and updates on a CUDA device now, so that none is compiled inside an update.
+
+        For one expert of the configured rank with a held part of any rank up to r_c. One call at start; Triton keeps
+        what it compiled on disk. Nothing on a CPU.
+        """
+        model, config, store = self.model, self.config, self.state.store
+        if model.device.type != "cuda":
+            return
+        from ogpstream.kernels.triton_backend import warm_up
+
+        most = config.rank + (config.held_rank or 0)
+        ranks = range(store.multiple, most + store.multiple, store.multiple)
+        warm_up([(site.d_in, site.d_out, rank, slice(0, config.rank)) for site in store.sites for rank in ranks],
+                dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
+
     # learning
 
     def encode(self, sample: Sample) -> Encoded:

@@ -86,7 +86,9 @@ class LearnerState:
         vocabulary = model.config.get_text_config().vocab_size
         return cls(
             AdapterStore(shapes, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
-                         serve_dtype=model.dtype, device=model.device, max_active=config.max_active),
+                         serve_dtype=model.dtype, device=model.device, max_active=config.max_active,
+                         # 16 columns are the least that tensor cores multiply
+                         multiple=16 if model.device.type == "cuda" else 1),
             Protection(shapes, config),
             ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=vocabulary, keep=config.ring_keep,
                        draw=config.ring_draw, seed=config.seed),

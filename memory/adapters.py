@@ -68,6 +68,8 @@ class AdapterStore:
         serve_dtype: of the served copies; the masters' dtype if None.
         device: where the served copies live; masters stay in host RAM.
         max_active: experts that are served at once; one more makes the least recently activated leave.
+        multiple: R of every pack is rounded up to a multiple of it with columns of zeros, so that a few compiled
+            kernels serve all ranks that folds come to.
     """
 
     def __init__(
@@ -78,14 +80,16 @@ class AdapterStore:
         serve_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         max_active: int = 2,
+        multiple: int = 1,
     ) -> None:
-        if max_active < 1:
-            raise ValueError(f"max_active is {max_active}: at least 1 expert must fit")
+        if max_active < 1 or multiple < 1:
+            raise ValueError(f"max_active is {max_active} and multiple {multiple}: both are at least 1")
         self.sites = Layout(sites, 1).sites
         self.dtype = dtype
         self.serve_dtype = serve_dtype or dtype
         self.device = torch.device(device)
         self.max_active = max_active
+        self.multiple = multiple
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
         self._layouts: dict[int, Layout] = {}
@@ -245,7 +249,8 @@ class AdapterStore:
         for expert in experts:
             trained[expert.name] = slice(plastic, plastic + expert.rank)
             plastic += expert.rank
-        ranks = [plastic + sum(expert.held[index].rank for expert in experts) for index in range(len(self.sites))]
+        ranks = [self._columns(plastic + sum(expert.held[index].rank for expert in experts))
+                 for index in range(len(self.sites))]
         # one slab: one allocation for hundreds of sites
         starts = [0]
         for site, rank in zip(self.sites, ranks, strict=True):
@@ -269,6 +274,8 @@ class AdapterStore:
                 a[:, start:stop].copy_(left, non_blocking=True)
                 b[start:stop].copy_(right, non_blocking=True)
                 start = stop
+            a[:, start:].zero_()
+            b[start:].zero_()
             held_ranks = tuple(part.rank for part in held)
             if held_ranks not in scales:
                 scales[held_ranks] = self._scale(experts, held_ranks)
@@ -281,8 +288,12 @@ class AdapterStore:
             values += [self._active[expert.name] * expert.scaling] * expert.rank
         for expert, k in zip(experts, held_ranks, strict=True):
             values += [self._active[expert.name]] * k
+        values += [0.0] * (self._columns(len(values)) - len(values))
         dtype = torch.promote_types(self.serve_dtype, torch.float32)
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _columns(self, rank: int) -> int:
+        return -(-rank // self.multiple) * self.multiple
 
     @staticmethod
     def _check_gate(name: str, gate: float) -> None:

@@ -263,3 +263,16 @@ def test_errors_name_the_value_in_one_line() -> None:
     with pytest.raises(ValueError, match="not active"):
         store.set_gate("legal", 1.0)
     assert store.active == {"default": 1.7}
+
+
+def test_ranks_rounded_up_compute_the_same_with_columns_of_zeros():
+    exact, padded = two_experts().publish(), two_experts(multiple=16).publish()
+    for narrow, wide in zip(exact.packs, padded.packs, strict=True):
+        rank = narrow.A.shape[1]
+        assert wide.A.shape[1] == wide.B.shape[0] == len(wide.scale) == 16 * -(-rank // 16)
+        assert torch.equal(wide.A[:, :rank], narrow.A) and torch.equal(wide.B[:rank], narrow.B)
+        assert torch.equal(wide.scale[:rank], narrow.scale) and wide.trained == narrow.trained
+        assert not wide.A[:, rank:].any() and not wide.B[rank:].any() and not wide.scale[rank:].any()
+    assert {pack.A.shape[1] for pack in padded.packs} == {16}
+    with pytest.raises(ValueError, match="multiple 0"):
+        AdapterStore(SITES, multiple=0)
