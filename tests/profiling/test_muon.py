@@ -23,6 +23,12 @@ def test_orthogonal_keeps_the_singular_vectors_and_brings_all_values_near_one(ro
         assert (inner - inner.diagonal().diag()).norm() < 1e-3 * inner.norm()
 
 
+def test_under_autocast_the_values_are_near_one_too():
+    with torch.autocast("cpu", torch.bfloat16):
+        values = torch.linalg.svdvals(orthogonal(matrices(2, 40, 16)).float())
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
 def test_a_matrix_without_gradient_content_does_not_move_to_nan():
     assert torch.equal(orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 
