@@ -39,8 +39,12 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-# (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; the widest rank with odd widths
-_LORA = [(2048, 2048, 48, slice(8, 16), 1024), (1000, 3000, 200, slice(0, 64), 300)]
+# (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; the widest rank with odd widths; the MLP of an 8B model,
+# both ways, which leaves the most parts of h and Y
+_LORA = [
+    (2048, 2048, 48, slice(8, 16), 1024), (1000, 3000, 200, slice(0, 64), 300),
+    (4096, 14336, 48, slice(0, 8), 1024), (14336, 4096, 48, slice(0, 8), 1024),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -91,6 +92,12 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a device; None for a CPU, and for the CUDA device of a fake tensor where there is none."""
     if device.type != "cuda" or _assumed.get() is not None:
         return _assumed.get()
+    return _capability(device)
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    # asked for six times a linear, and a card does not change
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 

@@ -9,9 +9,12 @@ from ogpstream.kernels.device_common import narrow, sum_parts
 @triton.jit
 def _gradient(parts, i, inside, splits, stride_s, S: tl.constexpr):
     # S is `splits` rounded up to a power of two, so that few kernels serve samples of all lengths
-    total = tl.load(parts + i, mask=inside, other=0.0).to(tl.float32)
+    # stepped and not multiplied: stride_s comes as int32, and 24 splits of 117M masters are over 2^31 elements
+    at = parts + i
+    total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     for s in tl.static_range(1, S):
-        total += tl.load(parts + s * stride_s + i, mask=inside & (s < splits), other=0.0).to(tl.float32)
+        at += stride_s
+        total += tl.load(at, mask=inside & (s < splits), other=0.0).to(tl.float32)
     return total
 
 

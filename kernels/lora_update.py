@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels.basis_stream import BasisStream
-from ogpstream.kernels.launch import require
+from ogpstream.kernels.launch import require, require_rows
 from ogpstream.kernels.lora_backward import lora_backward_parts, token_splits
 from ogpstream.kernels.optimizer import Adam, Sgd, step_
 from ogpstream.kernels.projection import CHUNK, project_out_
@@ -111,6 +111,7 @@ def update_(
     *,
     stream: BasisStream | None = None,
     serving: Tensor | None = None,
+    numel_A: int | None = None,
 ) -> list[Tensor]:
     """K3: gradient from its parts, optimizer, projection of each block, masters and serving copies.
 
@@ -124,6 +125,8 @@ def update_(
         blocks: all blocks of A, in their order; with none, A stays as the optimizer leaves it.
         stream: of `stream_of(blocks, slab.device)`, begun earlier; begun here if not given.
         serving: slab `[numel]` in a serving dtype, which gets the new factors.
+        numel_A: elements of all A, whose gradients Adam's eps is relative to apart from those of B; the sum of the
+            blocks if not given.
 
     Returns:
         coef `[M, K]` of each block.
@@ -132,16 +135,18 @@ def update_(
         ValueError: something does not fit; the message names it.
     """
     # all of it before the first launch: after that the masters change
+    require(numel_A is not None or bool(blocks) or isinstance(rule, Sgd), "numel_A: Adam without blocks needs it")
     end = slab.storage_offset()
     for number, block in enumerate(blocks):
         fits = block.A.is_contiguous() and block.A.storage_offset() == end
         require(fits, f"block {number} does not begin where the one before ends: give all blocks of A in their order")
         width, D_in = block.rows.shape[-1], block.A.shape[0]
         require(width == D_in, f"block {number}: its basis has width {width}, its A {D_in}")
+        require_rows(f"rows of block {number}", block.rows, *block.rows.shape, dtypes=(torch.float32,))
         end += block.A.numel()
     stream = stream_of(blocks, slab.device) if stream is None else stream
-    numel_A = sum(block.A.numel() for block in blocks)
-    step_(slab, parts, rule, first=numel_A, serving=serving, serve_from=numel_A)
+    projected = sum(block.A.numel() for block in blocks)
+    step_(slab, parts, rule, first=projected if numel_A is None else numel_A, serving=serving, serve_from=projected)
     coefficients = []
     for block in blocks:
         copy = None
@@ -179,4 +184,5 @@ def lora_backward_project(
     stream = stream_of(blocks, slab.device)
     parts = Parts(slab, [len(linears[0].x) for linears in samples], samples[0][0].x)
     dx = [[parts.add(linear, number) for linear in linears] for number, linears in enumerate(samples)]
-    return dx, update_(slab, parts.complete(), rule, blocks, stream=stream, serving=serving)
+    numel_A = sum(linear.master_A.numel() for linear in samples[0])
+    return dx, update_(slab, parts.complete(), rule, blocks, stream=stream, serving=serving, numel_A=numel_A)

@@ -242,7 +242,8 @@ class StreamLearner:
         from ogpstream.kernels.triton_backend import warm_up
 
         most = config.rank + (config.held_rank or 0)
-        ranks = range(store.multiple, most + store.multiple, store.multiple)
+        first = -(-config.rank // store.multiple) * store.multiple
+        ranks = range(first, max(first, most) + store.multiple, store.multiple)
         warm_up([(site.d_in, site.d_out, rank, slice(0, config.rank)) for site in store.sites for rank in ranks],
                 dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
 

@@ -93,7 +93,10 @@ def by_backend(backend: Any, problem: Problem) -> Job:
 
 
 def ours(problem: Problem) -> Job:
-    """What the learner calls: parts of dA and dB instead of gradients, all of an update in one call."""
+    """The fused call: parts of dA and dB instead of gradients, all of an update in one call.
+
+    `lora_backward` stops at unsummed parts, as K3 takes them: for sums look at `separate`, for all work at `update`.
+    """
     from ogpstream.kernels.lora_update import Block, Linear, Parts, lora_backward_project, update_
     from ogpstream.kernels.optimizer import Adam
     from ogpstream.kernels.triton_backend import BACKEND

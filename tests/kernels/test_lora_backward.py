@@ -26,6 +26,7 @@ SHAPES = [
     (5, 64, 64, 9, slice(8, 9)),
     (70, 24, 40, 80, slice(8, 72)),
     (33, 20, 31, 3, slice(1, 1)),
+    (3, 3000, 2600, 5, slice(0, 2)),  # more than 4 parts of h and of Y
 ]
 
 

@@ -116,11 +116,13 @@ def test_an_update_of_two_samples(optimizer, resident, dtype, device, orthonorma
     assert model.slab._version > version
 
 
-def test_without_blocks_the_optimizer_has_the_last_word(device, orthonormal_rows, problem, close):
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_without_blocks_the_optimizer_has_the_last_word(device, orthonormal_rows, problem, close, kind):
     model = Model(device, orthonormal_rows, problem, (20,), torch.float32, M=1)
     model.rows = [torch.zeros(0, D, device=device) for D, _ in BLOCKS]
-    slab, *_ = model.expected(Sgd(0.01))
-    lora_backward_project(model.samples(), model.slab, Sgd(0.01), serving=model.serving)
+    rule = Sgd(0.01) if kind == "sgd" else model.adam()
+    slab, *_ = model.expected(rule)
+    lora_backward_project(model.samples(), model.slab, rule, serving=model.serving)
     close(1e-6, masters=(model.slab, slab))
     assert torch.equal(model.serving, model.slab.bfloat16())
 
