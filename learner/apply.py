@@ -48,7 +48,7 @@ class Applier:
         config: LearnerConfig,
         folder: StateFolder | MemoryFolder,
         own: dict[str, Any],
-        acknowledge: Callable[[Sequence[Record]], None],
+        acknowledge: Callable[[Sequence[Record]], object],
     ) -> None:
         self.state = state
         self.updater = updater

@@ -18,9 +18,9 @@ class Desk:
     """
 
     def __init__(self, learner: StreamLearner) -> None:
-        if learner.reserved_for is not None:
+        if learner.queue.reserved_for is not None:
             raise StateError("another IdleLoop drives this learner: close it first")
-        learner.reserved_for = 0
+        learner.queue.reserved_for = 0
         self.learner = learner
         self.closed = False
         self._turn = threading.Condition()
@@ -66,11 +66,11 @@ class Desk:
 
     @contextmanager
     def _taking(self) -> Iterator[None]:
-        self.learner.reserved_for = threading.get_ident()
+        self.learner.queue.reserved_for = threading.get_ident()
         try:
             yield
         finally:
-            self.learner.reserved_for = 0
+            self.learner.queue.reserved_for = 0
             with self._turn:
                 self._taken = False
                 self._turn.notify_all()

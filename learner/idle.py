@@ -89,7 +89,7 @@ class IdleLoop:
         self._last_unit = clock()
         self._retry, self._retry_at = RETRY[0], clock()
         self._done = LoopStatus()
-        learner.on_applied = self._applied
+        learner.queue.on_applied = self._applied
 
     # for everybody
 
@@ -168,7 +168,7 @@ class IdleLoop:
         # a tick in another thread ends first
         with self._ticking, self._desk.learning() as learner:
             self._drop()
-        learner.reserved_for = learner.on_applied = None
+        learner.queue.reserved_for = learner.queue.on_applied = None
         self._tickets.settle_all(StateError("the idle loop was closed: the sample is in the journal, and is learned "
                                             "when the state is loaded next"))
         for _, future in self._calls:
@@ -244,9 +244,9 @@ class IdleLoop:
     def _unit(self) -> None:
         started = self._clock()
         with self._desk.learning() as learner:
-            number = learner.oldest_pending
+            number = learner.queue.oldest
             if self._work is None:
-                self._work = learner.apply_next()
+                self._work = learner.queue.apply_next()
             try:
                 next(self._work)
             except StopIteration:

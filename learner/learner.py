@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,11 +18,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpstream.learner import peft_io, warmstart
-from ogpstream.learner.apply import Applier, Record, Report
+from ogpstream.learner.apply import Record, Report
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.encoding import Encoded, encode
 from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
-from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.folder import StateFolder
+from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import RehearsalReport, SampleReport
 from ogpstream.learner.samples import Refused, Sample, refuse
 from ogpstream.learner.sites import attach
@@ -111,7 +109,7 @@ class StreamLearner:
             learner._applier.folder = folder
             try:
                 learner._applier.restore(snapshot.tensors, snapshot.meta)
-                learner._enqueue(folder.records(learner.state.position.seq))
+                learner.queue.enqueue(folder.records(learner.state.position.seq))
                 learner.drain()
             except BaseException:
                 learner.attachment.detach()
@@ -146,14 +144,9 @@ class StreamLearner:
         self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
-        self._pending: deque[Record] = deque()
-        self._applier = Applier(self.state, self._updater, config, MemoryFolder(), own, self._acknowledge)
+        self.queue = RecordQueue(self.state, self._updater, config, own)
+        self._applier = self.queue.applier
         self._steps = 0  # inference steps since the last period; no state: a restarted server counts anew
-        # set by an IdleLoop: the ident of the one thread that may change the state now, 0 for none of them; and who
-        # is told of each record that was applied, by its number
-        self.reserved_for: int | None = None
-        self.on_applied: Callable[[int, Report], None] | None = None
-        self.last_report: SampleReport | None = None
         try:
             # not id 0: often the padding, whose embedding is zero and whose logits say nothing
             ids = torch.tensor([[self.vocab_size // 3, self.vocab_size // 2]], device=model.device)
@@ -195,12 +188,12 @@ class StreamLearner:
     @property
     def pending(self) -> int:
         """Acknowledged records that are not, or not wholly, applied."""
-        return len(self._pending)
+        return len(self.queue)
 
     @property
-    def oldest_pending(self) -> int | None:
-        """Number in the journal of the record that `apply_next` applies; None if nothing is pending."""
-        return self._pending[0]["seq"] if self._pending else None
+    def last_report(self) -> SampleReport | None:
+        """Of the newest sample that was learned, rejected or skipped."""
+        return self.queue.last_report
 
     def state_sha256(self) -> str:
         """Hash of the whole state; equal for equal histories on the same build, device and thread count."""
@@ -289,12 +282,12 @@ class StreamLearner:
         stays pending and is learned by the next call of any learning method.
         """
         if self._known(sample):
-            self.last_report = SampleReport(sample.id, "skipped", self.version)
-            return self.last_report
+            self.queue.last_report = SampleReport(sample.id, "skipped", self.version)
+            return self.queue.last_report
         self.accept(sample)
         report: Report = None
-        while self._pending:
-            done = yield from self.apply_next()
+        while self.queue:
+            done = yield from self.queue.apply_next()
             report = done if isinstance(done, SampleReport) else report
         assert isinstance(report, SampleReport)
         return report
@@ -310,10 +303,9 @@ class StreamLearner:
             StateError: the journal cannot be written.
         """
         # one that an aborted step has left pending is not acknowledged twice
-        if self._known(sample) or sample.id is not None and any(r.get("id") == sample.id for r in self._pending):
+        if self._known(sample) or sample.id is not None and self.queue.holds(sample.id):
             return None
-        self._acknowledge([self._record(sample, rehearsals=0)])
-        return int(self._pending[-1]["seq"])
+        return self.queue.acknowledge([self._record(sample, rehearsals=0)])
 
     def accept_rehearsal(self, updates: int | None = None, *, limit: int | None = None) -> bool:
         """Acknowledge a rehearsal, which is done by the next call of any learning method.
@@ -329,28 +321,8 @@ class StreamLearner:
         count = count if limit is None else min(count, limit)
         if not count or not len(self.state.ring):
             return False
-        self._acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])
+        self.queue.acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])
         return True
-
-    def apply_next(self) -> Generator[str, None, Report]:
-        """Apply the oldest pending record as a generator that stops after every unit of work.
-
-        Closing the generator aborts the unit's update; the record stays pending. An error of a unit does the same.
-        """
-        self._check_reserved()
-        # what a failed sync has left is on the disk before it acts
-        self._applier.folder.sync()
-        before = self._updater.out_of_memory
-        report = yield from self._applier.apply(self._pending[0])
-        record = self._pending.popleft()
-        while self._pending and self._pending[0]["kind"] == "shorten":
-            yield from self._applier.apply(self._pending.popleft())
-        if isinstance(report, SampleReport):
-            report = replace(report, out_of_memory=self._updater.out_of_memory - before)
-            self.last_report = report
-        if self.on_applied is not None:
-            self.on_applied(record["seq"], report)
-        return report
 
     def learn_batch(self, samples: Iterable[Sample | Refused], *, refuse: bool = False,
                     on_report: Callable[[SampleReport], None] | None = None) -> list[SampleReport]:
@@ -387,10 +359,10 @@ class StreamLearner:
             records.append(record)
             if sample.id is not None:
                 known.add(sample.id)
-        self._acknowledge(records)
+        self.queue.acknowledge(records)
         reports = []
-        while self._pending:
-            report = _exhaust(self.apply_next())
+        while self.queue:
+            report = _exhaust(self.queue.apply_next())
             assert isinstance(report, SampleReport)
             reports.append(report)
             if on_report is not None:
@@ -438,7 +410,7 @@ class StreamLearner:
 
     def drain(self) -> Report:
         """Apply everything that is acknowledged and pending; the report of the last record."""
-        return _exhaust(self._drain())
+        return _exhaust(self.queue.drain())
 
     # experts
 
@@ -453,7 +425,7 @@ class StreamLearner:
         narrowest = min(min(site.d_in, site.d_out) for site in self.attachment.shapes)
         if not 1 <= rank <= narrowest:
             raise ConfigError(f"rank is {rank}: an expert of this model has a rank of 1 to {narrowest}")
-        self._acknowledge([{"kind": "expert", "name": name, "rank": rank}])
+        self.queue.acknowledge([{"kind": "expert", "name": name, "rank": rank}])
         self.drain()
 
     def activate(self, gates: dict[str, float]) -> None:
@@ -469,7 +441,7 @@ class StreamLearner:
         for name, gate in gates.items():
             if not math.isfinite(gate):
                 raise ConfigError(f"the gate of {name} is {gate}: it must be a finite number")
-        self._acknowledge([{"kind": "activate", "gates": gates}])
+        self.queue.acknowledge([{"kind": "activate", "gates": gates}])
         self.drain()
 
     def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT) -> Path:
@@ -496,7 +468,7 @@ class StreamLearner:
         peft_io.read_adapter(folder, self.attachment)
         # the journal names the adapter, so the state folder keeps a copy of it
         source = self._applier.folder.keep_import(Path(folder), expert)
-        self._acknowledge([{"kind": "import", "name": expert, "folder": source}])
+        self.queue.acknowledge([{"kind": "import", "name": expert, "folder": source}])
         self.drain()
 
     # state
@@ -509,7 +481,7 @@ class StreamLearner:
         Raises:
             StateError: the folder cannot be written, or holds another state.
         """
-        self._check_reserved()
+        self.queue.check_reserved()
         if folder is None:
             self._applier.checkpoint()
             return
@@ -538,17 +510,17 @@ class StreamLearner:
             raise StateError(f"no version {version} to return to: there are {', '.join(map(str, self.versions()))}")
         # kept for as long as the journal may repeat this rollback
         self._applier.folder.pin(version, "rollback")
-        self._acknowledge([{"kind": "rollback", "to": version}])
+        self.queue.acknowledge([{"kind": "rollback", "to": version}])
         self.drain()
         self.save_state()
 
     def close(self) -> None:
         """Release the state folder and take the adapters out of the model."""
-        self._check_reserved()
+        self.queue.check_reserved()
         self._applier.folder.close()
         self.attachment.detach()
 
-    # records: acknowledged in the journal, then applied in order
+    # what samples and names become
 
     def _record(self, sample: Sample, *, rehearsals: int) -> Record:
         if not sample.trained:
@@ -562,32 +534,6 @@ class StreamLearner:
 
     def _known(self, sample: Sample) -> bool:
         return sample.id is not None and sample.id in self.state.seen
-
-    def _check_reserved(self) -> None:
-        if self.reserved_for not in (None, threading.get_ident()):
-            raise StateError("an IdleLoop drives this learner: use its submit and call, or close it first")
-
-    def _acknowledge(self, records: Sequence[Record]) -> None:
-        self._check_reserved()
-        folder = self._applier.folder
-        for record in records:
-            # pending before it is safe on disk: a journal whose disk is full keeps the record for its next sync
-            self._enqueue([{**record, "seq": folder.append(record)}])
-        folder.sync()
-
-    def _enqueue(self, records: Iterable[Record]) -> None:
-        for record in records:
-            self._pending.append(record)
-            if record["kind"] == "shorten":
-                for other in self._pending:
-                    if other["seq"] == record["of"]:
-                        other.setdefault("limits", []).append([record["done"], record["tokens"]])
-
-    def _drain(self) -> Generator[str, None, Report]:
-        report = None
-        while self._pending:
-            report = yield from self.apply_next()
-        return report
 
     def _check_new(self, name: str) -> None:
         if not _NAME.fullmatch(name):

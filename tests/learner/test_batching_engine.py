@@ -70,7 +70,7 @@ def learner(tiny_model: TinyModel) -> Iterator[StreamLearner]:
     model = tiny_model("llama", num_hidden_layers=1, dtype=torch.float64)
     learner = StreamLearner(model, None, LearnerConfig(**QUICK))
     yield learner
-    learner.reserved_for = None
+    learner.queue.reserved_for = None
     learner.close()
 
 

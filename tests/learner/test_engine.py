@@ -49,7 +49,7 @@ def learner(tiny_model: TinyModel) -> Iterator[StreamLearner]:
     model = tiny_model("llama", num_hidden_layers=1, hidden_size=16, intermediate_size=24, num_attention_heads=2)
     learner = StreamLearner(model, None, LearnerConfig(**QUICK))
     yield learner
-    learner.reserved_for = None
+    learner.queue.reserved_for = None
     learner.close()
 
 

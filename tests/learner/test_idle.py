@@ -87,7 +87,7 @@ def make(tiny_model: TinyModel) -> Iterator[MakeLearner]:
 
     yield make_learner
     for learner in made:
-        learner.reserved_for = None
+        learner.queue.reserved_for = None
         learner.close()
 
 
@@ -232,7 +232,7 @@ def test_the_duty_cycle_bounds_the_share_of_wall_time(make: MakeLearner, share: 
     learner = make()
     loop = IdleLoop(learner, engine, duty=share, clock=clock)
     with pytest.MonkeyPatch.context() as patch:
-        apply_next = learner.apply_next
+        apply_next = learner.queue.apply_next
 
         def slow() -> Any:
             steps = apply_next()
@@ -243,7 +243,7 @@ def test_the_duty_cycle_bounds_the_share_of_wall_time(make: MakeLearner, share: 
                 except StopIteration as end:
                     return end.value
 
-        patch.setattr(learner, "apply_next", slow)
+        patch.setattr(learner.queue, "apply_next", slow)
         begin = clock.now
         for number in range(40):
             loop.submit(_sample(number))
@@ -535,7 +535,7 @@ def test_what_is_submitted_is_on_disk_before_anybody_is_told(make: MakeLearner, 
 
         patch.setattr(Journal, "sync", recorded)
         loop.submit(_sample(0))
-        assert synced == [learner.oldest_pending]
+        assert synced == [learner.queue.oldest]
     loop.close()
 
 

@@ -77,7 +77,7 @@ def test_in_any_unit_it_leaves_the_state_and_gives_everything_back(tiny_model: T
     for at, unit in enumerate(units):
         for operation in (1, 4):
             preflight.budget = budget
-            work: Generator[str, None, Any] = learner._drain() if learner.pending else learner.step(_sample(9))
+            work: Generator[str, None, Any] = learner.queue.drain() if learner.pending else learner.step(_sample(9))
             meter, failing = Meter(), Failing(operation)
             with meter:
                 assert [next(work) for _ in range(at)] == units[:at]

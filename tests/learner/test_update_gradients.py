@@ -250,7 +250,7 @@ def test_an_update_dropped_at_any_unit_changes_nothing(tiny_model: TinyModel, gu
     version = learner.version
     for stop in range(1, len(units) + 1):
         # the first call acknowledges the sample, the others find it pending
-        work: Generator[str, None, Any] = learner.step(_sample(9)) if stop == 1 else learner._drain()
+        work: Generator[str, None, Any] = learner.step(_sample(9)) if stop == 1 else learner.queue.drain()
         assert [next(work) for _ in range(stop)] == units[:stop]
         work.close()
         assert learner.state_sha256() == before, f"dropped after unit {stop}, {units[stop - 1]!r}"
@@ -272,7 +272,7 @@ def test_a_sample_dropped_between_its_updates_goes_on_after_the_first(tiny_model
     first = units.index("projection") + 1
     states = []
     for stop in range(1, len(units) - first + 1):
-        work: Generator[str, None, Any] = learner.step(sample) if stop == 1 else learner._drain()
+        work: Generator[str, None, Any] = learner.step(sample) if stop == 1 else learner.queue.drain()
         for _ in range(first + stop if stop == 1 else stop):
             next(work)
         work.close()

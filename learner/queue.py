@@ -1,0 +1,115 @@
+"""Records that were acknowledged and are not applied yet: journaled first, then applied in order.
+
+What one thread may do to a learner it does through here, so a learner that an `IdleLoop` reserved refuses the others
+at this one place.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ogpstream.learner.apply import Applier, Record, Report
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.errors import StateError
+from ogpstream.learner.folder import MemoryFolder
+from ogpstream.learner.report import SampleReport
+from ogpstream.learner.state import LearnerState
+from ogpstream.learner.update import Updater
+
+
+class RecordQueue:
+    """The pending records of a learner and the `Applier` that they go to.
+
+    Args:
+        own: what identifies the learner in a snapshot.
+
+    Attributes:
+        reserved_for: ident of the one thread that may change the state now, 0 for none of them; None while no
+            `IdleLoop` drives the learner.
+        on_applied: told of each record that was applied, by its number in the journal.
+        last_report: of the newest sample that was learned, rejected or skipped.
+    """
+
+    def __init__(self, state: LearnerState, updater: Updater, config: LearnerConfig, own: dict[str, Any]) -> None:
+        self.applier = Applier(state, updater, config, MemoryFolder(), own, self.acknowledge)
+        self.reserved_for: int | None = None
+        self.on_applied: Callable[[int, Report], None] | None = None
+        self.last_report: SampleReport | None = None
+        self._records: deque[Record] = deque()
+
+    def __len__(self) -> int:
+        """Records that are not, or not wholly, applied."""
+        return len(self._records)
+
+    @property
+    def oldest(self) -> int | None:
+        """Number in the journal of the record that `apply_next` applies; None if nothing is pending."""
+        return self._records[0]["seq"] if self._records else None
+
+    def holds(self, id_: str) -> bool:
+        """Whether a sample of this id is pending."""
+        return any(record.get("id") == id_ for record in self._records)
+
+    def check_reserved(self) -> None:
+        """Raises StateError where an `IdleLoop` drives the learner and this thread is not its turn's."""
+        if self.reserved_for not in (None, threading.get_ident()):
+            raise StateError("an IdleLoop drives this learner: use its submit and call, or close it first")
+
+    def acknowledge(self, records: Sequence[Record]) -> int | None:
+        """Journal records and queue them; safe on disk when this returns.
+
+        Returns:
+            The number of the last one, or None for none.
+
+        Raises:
+            StateError: the learner is reserved, or the journal cannot be written.
+        """
+        self.check_reserved()
+        folder, number = self.applier.folder, None
+        for record in records:
+            number = folder.append(record)
+            # pending before it is safe on disk: a journal whose disk is full keeps the record for its next sync
+            self.enqueue([{**record, "seq": number}])
+        folder.sync()
+        return number
+
+    def enqueue(self, records: Iterable[Record]) -> None:
+        """Queue records that the journal has."""
+        for record in records:
+            self._records.append(record)
+            if record["kind"] == "shorten":
+                for other in self._records:
+                    if other["seq"] == record["of"]:
+                        other.setdefault("limits", []).append([record["done"], record["tokens"]])
+
+    def apply_next(self) -> Generator[str, None, Report]:
+        """Apply the oldest record as a generator that stops after every unit of work.
+
+        Closing the generator aborts the unit's update; the record stays pending. An error of a unit does the same.
+        """
+        self.check_reserved()
+        applier = self.applier
+        # what a failed sync has left is on the disk before it acts
+        applier.folder.sync()
+        before = applier.updater.out_of_memory
+        report = yield from applier.apply(self._records[0])
+        record = self._records.popleft()
+        while self._records and self._records[0]["kind"] == "shorten":
+            yield from applier.apply(self._records.popleft())
+        if isinstance(report, SampleReport):
+            report = replace(report, out_of_memory=applier.updater.out_of_memory - before)
+            self.last_report = report
+        if self.on_applied is not None:
+            self.on_applied(record["seq"], report)
+        return report
+
+    def drain(self) -> Generator[str, None, Report]:
+        """Apply all that is pending, unit by unit; the report of the last record."""
+        report = None
+        while self._records:
+            report = yield from self.apply_next()
+        return report
