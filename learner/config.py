@@ -13,7 +13,7 @@ from ogpstream.learner.errors import ConfigError
 Optimizer = Literal["adam", "sgd"]
 Guard = Literal["fold", "gradient", "none"]
 BasisScope = Literal["layer", "shared"]
-RingKeep = Literal["recent", "reservoir"]
+RingKeep = Literal["recent", "reservoir", "balanced"]
 RingDraw = Literal["uniform", "loss", "gradient_norm"]
 
 
@@ -69,7 +69,7 @@ class LearnerConfig:
 
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring
-    ring_keep: RingKeep = "reservoir"  # which samples stay when it is full
+    ring_keep: RingKeep = "balanced"  # which samples stay when it is full: the same room for every completion
     ring_draw: RingDraw = "uniform"
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`

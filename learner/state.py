@@ -26,7 +26,7 @@ from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.seen import SeenIds
 
-FORMAT = 1
+FORMAT = 2
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 # latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time

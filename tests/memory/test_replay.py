@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +104,14 @@ class ReservoirMachine(RingMachine):
     keep = "reservoir"
 
 
+class BalancedMachine(RingMachine):
+    keep = "balanced"
+
+
 TestRecent = RingMachine.TestCase
 TestReservoir = ReservoirMachine.TestCase
-TestRecent.settings = TestReservoir.settings = settings(max_examples=25, stateful_step_count=25)
+TestBalanced = BalancedMachine.TestCase
+TestRecent.settings = TestReservoir.settings = TestBalanced.settings = settings(max_examples=25, stateful_step_count=25)
 
 
 def reloaded(ring: ReplayRing, **settings: Any) -> ReplayRing:
@@ -211,6 +217,51 @@ def test_the_reservoir_holds_every_sample_with_the_same_chance() -> None:
     # the earliest and the latest quarter: 600 each, standard deviation below 22
     assert abs(sum(held[uid] for uid in range(10)) - 600) < 110
     assert abs(sum(held[uid] for uid in range(30, 40)) - 600) < 110
+
+
+def offer(ring: ReplayRing, completions: Sequence[int], *, first: int = 0) -> Counter[int]:
+    """Samples of different prompts with these completions, one after the other; what the ring then holds of each."""
+    for uid, completion in enumerate(completions, first):
+        ring.add([1 + uid % 50, completion], 1, expert="default", uid=uid)
+    return Counter(int(ring.get(slot).ids[1]) for slot in ring.slots)
+
+
+def test_balanced_every_completion_keeps_its_share() -> None:
+    # 30 completions, domain after domain, in 32 slots: a reservoir loses a third of them, (1 - 1/30)^32
+    stream = [domain * 6 + at % 6 for domain in range(5) for at in range(120)]
+    held = offer(ReplayRing(32, TOKENS, vocab_size=VOCAB, keep="balanced"), stream)
+    assert set(held) == set(range(30)) and max(held.values()) <= 2
+    assert len(offer(ReplayRing(32, TOKENS, vocab_size=VOCAB, keep="reservoir"), stream)) < 26
+
+
+def test_balanced_a_rare_completion_keeps_all_its_samples_beside_a_frequent_one() -> None:
+    stream = [7 if at % 100 == 50 else 8 for at in range(500)]
+    assert offer(ReplayRing(16, TOKENS, vocab_size=VOCAB, keep="balanced"), stream) == {7: 5, 8: 11}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_balanced_it_is_a_reservoir_inside_a_completion_and_where_none_comes_twice(several: bool) -> None:
+    held: Counter[int] = Counter()
+    for seed in range(300):
+        ring = ReplayRing(8, TOKENS, vocab_size=VOCAB, keep="balanced", seed=seed)
+        offer(ring, [3] * 40 if several else range(100, 140))
+        held.update(ring.get(slot).uid for slot in ring.slots)
+    # as for the reservoir above
+    assert all(25 <= held[uid] <= 95 for uid in range(40)), held
+    assert abs(sum(held[uid] for uid in range(10)) - 600) < 110
+    assert abs(sum(held[uid] for uid in range(30, 40)) - 600) < 110
+
+
+def test_balanced_a_saved_ring_goes_on_exactly_in_a_used_one() -> None:
+    ring = ReplayRing(8, TOKENS, vocab_size=VOCAB, keep="balanced", seed=1)
+    offer(ring, [at % 5 for at in range(60)])
+    other = ReplayRing(8, TOKENS, vocab_size=VOCAB, keep="balanced", seed=1)
+    offer(other, [at % 3 for at in range(20)])
+    ring.evict(ring.slots[2])
+    other.load_state_dict(*ring.state_dict())
+    stream = [at * at % 7 for at in range(200)]
+    assert offer(ring, stream, first=100) == offer(other, stream, first=100)
+    assert_same_state(ring, other)
 
 
 def test_a_draw_depends_on_ring_seed_and_counter_alone() -> None:
