@@ -86,14 +86,17 @@ class Applier:
             new = self._limited(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
             counters.acknowledged += 1
-            if record["id"] is not None:
-                self.state.seen.add(record["id"])
             if reason is not None:
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
+                if record["id"] is not None:
+                    # not by its id, which the mended sample may have too
+                    self.state.refused.add(record["digest"])
                 self.folder.quarantine({**record, "reason": reason})
                 return self._report(record, new, "rejected", started, loss, updates, reason)
             counters.learned += 1
+            if record["id"] is not None:
+                self.state.seen.add(record["id"])
             self._note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
             for place in (ring, self.state.waiting):
@@ -213,7 +216,7 @@ class Applier:
             case "refused" | "kept" as kind:
                 counters.acknowledged += 1
                 if record["id"] is not None:
-                    self.state.seen.add(record["id"])
+                    (self.state.refused if kind == "refused" else self.state.seen).add(record["id"])
                 if kind == "refused":
                     counters.rejected += 1
                     return SampleReport(record["id"], "rejected", version, reason=record["reason"])
@@ -276,7 +279,8 @@ class Applier:
     def _roll_back(self, record: Record) -> None:
         snapshot = self.folder.load(record["to"])
         state = self.state
-        counters, seen, version = state.counters, state.seen.state_dict(), state.store.served.version
+        counters, version = state.counters, state.store.served.version
+        seen, refused = state.seen.state_dict(), state.refused.state_dict()
         state.restore(snapshot.tensors, snapshot.meta)
         # a snapshot made between the updates of a sample has that sample in it
         inside = state.position.seq + (state.position.done > 0)
@@ -285,6 +289,7 @@ class Applier:
                 self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
+        state.refused.load_state_dict(refused)
         learned = state.counters.learned
         state.counters = replace(counters, learned=learned,
                                  quarantined=counters.quarantined + counters.learned - learned)

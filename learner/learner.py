@@ -39,6 +39,8 @@ PERIOD = 1000
 # names of files and of PEFT adapters are made of it
 _NAME = re.compile(r"\w[\w.-]*")
 
+_REFUSED_BEFORE = "a guard refused it before, quarantine.jsonl says why; change it to have it tried again"
+
 Verifier = Callable[[str, str], Sample | None]
 T = TypeVar("T")
 
@@ -281,9 +283,10 @@ class StreamLearner:
         The sample is acknowledged before the first unit. Closing the generator aborts the unit's update; the sample
         stays pending and is learned by the next call of any learning method.
         """
-        if self._known(sample):
-            self.queue.last_report = SampleReport(sample.id, "skipped", self.version)
-            return self.queue.last_report
+        known = self._known(sample)
+        if known is not None:
+            self.queue.last_report = known
+            return known
         self.accept(sample)
         report: Report = None
         while self.queue:
@@ -296,14 +299,14 @@ class StreamLearner:
         """Acknowledge a sample, which is learned by the next call of any learning method.
 
         Returns:
-            Its number in the journal, or None if its id was brought before.
+            Its number in the journal, or None if its id was brought before, or a guard refused it before.
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
             StateError: the journal cannot be written.
         """
         # one that an aborted step has left pending is not acknowledged twice
-        if self._known(sample) or sample.id is not None and self.queue.holds(sample.id):
+        if self._known(sample) is not None or sample.id is not None and self.queue.holds(sample.id):
             return None
         return self.queue.acknowledge([self._record(sample, rehearsals=0)])
 
@@ -328,41 +331,34 @@ class StreamLearner:
                     on_report: Callable[[SampleReport], None] | None = None) -> list[SampleReport]:
         """Learn samples one after the other, with `config.rehearsals` updates on old samples after each.
 
-        All are acknowledged together first; those whose id was brought before are left out.
+        All are acknowledged together first. One whose id was brought before, or an earlier one of them has, is
+        skipped. What was refused before is tried again unless it was a guard that refused it; refused once more, it
+        is told again and not counted again.
 
         Args:
-            samples: a `Refused` stands for a line of a stream that is no sample; it is recorded, so that a rerun of
-                the stream does not count it again.
-            refuse: record unusable samples the same way instead of raising; without an id they are just left out.
+            samples: a `Refused` stands for a line of a stream that is no sample.
+            refuse: record unusable samples as refused instead of raising.
             on_report: told of each sample as soon as it is done.
+
+        Returns:
+            A report of each sample, in their order.
 
         Raises:
             SampleError: one of them is unusable; none of them is acknowledged then.
         """
         self.drain()
-        records = []
-        known: set[str] = set()
+        planned: list[Record | SampleReport] = []
+        taken: set[str] = set()
         for sample in samples:
-            if sample.id is not None and (sample.id in known or sample.id in self.state.seen):
-                continue
-            if isinstance(sample, Refused):
-                record = _refusal(sample.id, sample.reason)
-            else:
-                try:
-                    record = self._record(sample, rehearsals=self.config.rehearsals)
-                except SampleError as error:
-                    if not refuse:
-                        raise
-                    if sample.id is None:
-                        continue
-                    record = _refusal(sample.id, str(error))
-            records.append(record)
-            if sample.id is not None:
-                known.add(sample.id)
-        self.queue.acknowledge(records)
+            known = SampleReport(sample.id, "skipped", self.version) if sample.id in taken else None
+            plan = known or self._plan(sample, refuse=refuse)
+            planned.append(plan)
+            if isinstance(plan, dict) and sample.id is not None:
+                taken.add(sample.id)
+        self.queue.acknowledge([plan for plan in planned if isinstance(plan, dict)])
         reports = []
-        while self.queue:
-            report = _exhaust(self.queue.apply_next())
+        for plan in planned:
+            report = _exhaust(self.queue.apply_next()) if isinstance(plan, dict) else plan
             assert isinstance(report, SampleReport)
             reports.append(report)
             if on_report is not None:
@@ -527,13 +523,39 @@ class StreamLearner:
             return {"kind": "kept", "id": sample.id, "reason": "marked as wrong by its source",
                     "sample": sample.to_dict()}
         encoded = self.encode(sample)
-        return {"kind": "sample", "id": sample.id, "ids": list(encoded.ids), "prompt_length": encoded.prompt_length,
+        return {"kind": "sample", "id": sample.id, "digest": sample.digest, "ids": list(encoded.ids),
+                "prompt_length": encoded.prompt_length,
                 "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals,
                 # for a person who reviews what was refused or undone
                 "source": sample.source, "meta": sample.meta}
 
-    def _known(self, sample: Sample) -> bool:
-        return sample.id is not None and sample.id in self.state.seen
+    def _plan(self, sample: Sample | Refused, *, refuse: bool) -> Record | SampleReport:
+        """The record of one sample of a batch, or the report of one that makes none."""
+        if isinstance(sample, Refused):
+            reason = sample.reason
+        else:
+            known = self._known(sample)
+            if known is not None:
+                return known
+            try:
+                return self._record(sample, rehearsals=self.config.rehearsals)
+            except SampleError as error:
+                if not refuse:
+                    raise
+                reason = str(error)
+        if sample.id is not None and sample.id in self.state.refused:
+            return SampleReport(sample.id, "rejected", self.version, reason=reason)
+        return {"kind": "refused", "id": sample.id, "reason": reason}
+
+    def _known(self, sample: Sample) -> SampleReport | None:
+        """What to tell of a sample that there is nothing left to do for; None for any other."""
+        if sample.id is None:
+            return None
+        if sample.id in self.state.seen:
+            return SampleReport(sample.id, "skipped", self.version)
+        if sample.digest in self.state.refused:
+            return SampleReport(sample.id, "rejected", self.version, reason=_REFUSED_BEFORE)
+        return None
 
     def _check_new(self, name: str) -> None:
         if not _NAME.fullmatch(name):
@@ -551,10 +573,6 @@ class StreamLearner:
         """Protect what the base model uses on calibration texts, or on samples of its own."""
         texts = warmstart.calibration_ids(self.attachment, self.tokenizer, self.config, calibration, self.max_tokens)
         self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))
-
-
-def _refusal(id_: str, reason: str) -> Record:
-    return {"kind": "refused", "id": id_, "reason": reason}
 
 
 def _exhaust(work: Generator[str, None, T]) -> T:

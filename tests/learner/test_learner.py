@@ -359,7 +359,8 @@ def test_samples_that_cannot_be_learned_from_leave_the_state_alone(make: MakeLea
         with pytest.raises(SampleError, match=message):
             learner.learn_batch([_sample(2), sample])
     assert learner.learn_one(_sample(3, id="a")).status == "skipped"
-    assert learner.learn_batch([_sample(3, id="a")]) == []
+    (report,) = learner.learn_batch([_sample(3, id="a")])
+    assert report.status == "skipped"
     assert (learner.pending, learner.state_sha256()) == (0, before)
 
 
@@ -368,12 +369,42 @@ def test_a_stream_goes_on_after_what_is_refused(make: MakeLearner) -> None:
     stream = [_sample(0, id="a"), Refused("b", "line 2 is no JSON"), _sample(1, "nobody", id="c"),
               _sample(2, id="a"), _sample(3, id="d", label=False), _sample(4, id="e")]
     reports = learner.learn_batch(stream, refuse=True)
-    assert {report.id: report.status for report in reports} == {
-        "a": "learned", "b": "rejected", "c": "rejected", "d": "quarantined", "e": "learned"
-    }
+    assert [(report.id, report.status) for report in reports] == [
+        ("a", "learned"), ("b", "rejected"), ("c", "rejected"), ("a", "skipped"), ("d", "quarantined"), ("e", "learned")
+    ]
     status = learner.status()
     assert [status[key] for key in ("acknowledged", "learned", "rejected", "quarantined", "pending")] == [5, 2, 2, 1, 0]
-    assert learner.learn_batch(stream, refuse=True) == []
+    # what is still bad is told again, and not counted again
+    before = learner.state_sha256()
+    again = learner.learn_batch(stream, refuse=True)
+    assert [report.status for report in again] == ["skipped", "rejected", "rejected", "skipped", "skipped", "skipped"]
+    assert [report.reason for report in again] == [
+        report.reason if report.status == "rejected" else None for report in reports
+    ]
+    assert learner.state_sha256() == before
+    # and what is mended is learned, under the same id
+    learner.add_expert("nobody")
+    assert [r.status for r in learner.learn_batch([*stream, _sample(2, id="b")], refuse=True)][2] == "learned"
+    assert (learner.state.counters.learned, learner.state.counters.rejected) == (4, 2)
+
+
+def test_what_a_guard_refused_is_learned_once_it_is_another(
+    make: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make()
+    bad, mended = _sample(0, id="a"), _sample(1, id="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(learner._updater, "_vocabulary", 1.0001)
+        (report,) = learner.learn_batch([bad])
+        assert report.status == "rejected" and learner.state.counters.rejected == 1
+    before = learner.state_sha256()
+    # nothing that a later state might see differently is tried again: a killed run would do it once more often
+    for report in (*learner.learn_batch([bad]), learner.learn_one(bad)):
+        assert report.status == "rejected" and "a guard refused it before" in str(report.reason)
+    assert (learner.accept(bad), learner.state_sha256()) == (None, before)
+    assert learner.learn_one(mended).status == "learned"
+    assert [learner.learn_one(sample).status for sample in (mended, bad)] == ["skipped", "skipped"]
+    assert learner.state.counters.rejected == 1
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 50.0])
