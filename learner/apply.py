@@ -79,9 +79,9 @@ class Applier:
         updates: list[Update] = []
         new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
-            self._make_active(record["expert"])
             slots = self._companions(record["rehearsals"], record["expert"])
-            update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
+            update = yield from self._served(record["expert"],
+                                             self._update(record, record["expert"], [new, *map(_lesson, slots)]))
             updates.append(update)
             new = self._limited(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
@@ -146,8 +146,8 @@ class Applier:
         unrehearsed = self.state.unrehearsed() if waiting else []
         slots = unrehearsed[:1] or self._draw(1, but=but)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
-        self._make_active(slots[0].expert)
-        update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
+        name = slots[0].expert
+        update = yield from self._served(name, self._update(record, name, list(map(_lesson, slots))))
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
         return update
@@ -162,6 +162,45 @@ class Applier:
                 tokens = error.tokens
             # how much memory there is, is no part of the state: the journal says what was done about it
             self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
+
+    def _served(self, name: str, work: Generator[str, None, Update]) -> Generator[str, None, Update]:
+        """An update of an expert that need not be active: where it is not, the commit activates it.
+
+        Its units compute with a version that has the expert, folded against the P of now, and that nobody else sees;
+        the least recently used expert makes room. An update that is dropped or refused leaves all as it was.
+        """
+        store, binding = self.state.store, self.updater.attachment.binding
+        if name in store.active:
+            return (yield from work)
+        expert, active, served = store.expert(name), store.active, store.served
+        before, committed = expert.copy(), False
+        try:
+            self.state.protection.fold(expert)
+            store.activate(name)
+            trial = store.publish()
+            store.served = served
+            while True:
+                try:
+                    # around a unit and not across the pause after it: a pin belongs to whoever holds the thread
+                    with binding.using(trial):
+                        unit = next(work)
+                except StopIteration as end:
+                    update: Update = end.value
+                    break
+                yield unit
+            committed = update.refusal is None
+            if committed and store.served is served:
+                # settled: no step was needed, and nothing published
+                self.updater.publish()
+        finally:
+            work.close()
+            if not committed:
+                expert.restore(before)
+                for other in (*store.active, *active):
+                    store.deactivate(other)
+                for other, gate in active.items():
+                    store.activate(other, gate)
+        return update
 
     def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
         """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
@@ -267,14 +306,6 @@ class Applier:
             self.state.protection.fold(store.expert(name))
             store.activate(name, gate)
         self.updater.publish()
-
-    def _make_active(self, name: str) -> None:
-        """An expert must be served to be trained; the least recently used one makes room."""
-        store = self.state.store
-        if name not in store.active:
-            self.state.protection.fold(store.expert(name))
-            store.activate(name)
-            self.updater.publish()
 
     def _roll_back(self, record: Record) -> None:
         snapshot = self.folder.load(record["to"])

@@ -13,7 +13,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, SampleError, StateError, StreamLearner, update
+from ogpstream.learner import LearnerConfig, Sample, SampleError, SampleReport, StateError, StreamLearner, update
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.samples import Refused
@@ -305,6 +305,41 @@ def test_the_least_recently_used_expert_leaves_and_catches_up_when_it_returns(ma
         assert torch.allclose(rows @ expert.delta(index), rows @ was, rtol=0, atol=1e-6)
         assert float((rows @ was).abs().max()) > 1e-3
         assert torch.allclose(expert.delta(index), was, rtol=0, atol=1e-6) == (returns == "activate")
+
+
+@pytest.mark.parametrize("ends", ["aborted", "refused"])
+def test_only_a_committed_update_activates_an_expert(
+    make: MakeLearner, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    # a held part that every fold cuts
+    learner = make(max_active=2, held_rank=1, learned_below=100.0)
+    for name in ("second", "third"):
+        learner.add_expert(name)
+    store = learner.state.store
+    for number, name in enumerate(("default", "second", "third", "default", "third")):
+        learner.learn_one(_sample(number, name))
+        learner.consolidate()
+    assert "second" not in store.active and store.expert("second").folded != store.expert("third").folded
+    before, active, served, logits = learner.state_sha256(), store.active, store.served, _logits(learner.model)
+    masters = _masters(learner, "second")
+    if ends == "aborted":
+        work = learner.step(_sample(9, "second"))
+        for _ in range(4):
+            next(work)
+            # other threads are served what was committed
+            assert torch.equal(_logits(learner.model), logits) and learner.version == served.version
+        work.close()
+        assert learner.state_sha256() == before
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(learner._updater, "_vocabulary", 1.0001)
+            assert learner.learn_one(_sample(9, "second")).status == "rejected"
+    assert (store.active, tuple(store.active), store.served) == (active, tuple(active), served)
+    assert torch.equal(_logits(learner.model), logits)
+    assert all(map(torch.equal, _masters(learner, "second"), masters))
+    report = learner.drain() if ends == "aborted" else learner.learn_one(_sample(9, "second"))
+    assert isinstance(report, SampleReport)
+    assert (report.status, report.version, tuple(store.active)[-1]) == ("learned", served.version + 1, "second")
 
 
 def test_gates_scale_what_is_served(make: MakeLearner) -> None:
