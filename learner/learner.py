@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from ogpstream.learner.errors import ConfigError, ModelError, SampleError, State
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import Refused, Sample, refuse
+from ogpstream.learner.samples import EXPERT_NAME, Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
 from ogpstream.learner.update import Updater
@@ -35,9 +34,6 @@ from ogpstream.memory.experts import Expert
 DEFAULT_EXPERT = "default"
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000
-
-# names of files and of PEFT adapters are made of it
-_NAME = re.compile(r"\w[\w.-]*")
 
 _REFUSED_BEFORE = "a guard refused it before, quarantine.jsonl says why; change it to have it tried again"
 
@@ -222,6 +218,8 @@ class StreamLearner:
             "ring_samples": len(self.state.ring),
             "experts": list(self.experts),
             "held_discarded": max(max(self._expert(name).discarded) for name in self.experts),
+            "versions": self.versions(),
+            **self._applier.folder.sizes(),
             "state_sha256": self.state_sha256(),
         }
 
@@ -252,7 +250,7 @@ class StreamLearner:
         """
         if sample.expert not in self.experts:
             raise SampleError(f"unknown expert {sample.expert!r}: known are {', '.join(self.experts)}; "
-                              "add_expert makes a new one")
+                              "add it, by `learn --add-expert` or by add_expert")
         if self.tokenizer is None and sample.prompt_ids is None:
             raise SampleError("the learner was made without a tokenizer: give prompt_ids and completion_ids")
         encoded = self._encode(sample, self.max_tokens)
@@ -440,8 +438,16 @@ class StreamLearner:
         self.queue.acknowledge([{"kind": "activate", "gates": gates}])
         self.drain()
 
-    def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT) -> Path:
-        """Write one expert, plastic and held part as one LoRA of rank r + r_c, as a PEFT adapter folder."""
+    def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT, *, replace: bool = False
+                    ) -> Path:
+        """Write one expert, plastic and held part as one LoRA of rank r + r_c, as a PEFT adapter folder.
+
+        Args:
+            replace: an adapter that is there; anything else never is.
+
+        Raises:
+            StateError: the folder is not empty, or cannot be written.
+        """
         source = self._expert(expert)
         factors = []
         for index in range(len(self.attachment.sites)):
@@ -450,7 +456,9 @@ class StreamLearner:
                             torch.cat([source.scaling * source.b(index), held.V], 0)))
         name = self.model.config.name_or_path
         peft_io.export_adapter(folder, model=self.model, attachment=self.attachment, factors=factors,
-                               base_model_name=name)
+                               base_model_name=name, replace=replace,
+                               about=f"expert `{expert}` as of version {self.version}, after "
+                                     f"{self.state.counters.learned} samples that were learned by all experts together")
         return Path(folder)
 
     def import_peft(self, folder: str | os.PathLike[str], expert: str) -> None:
@@ -558,8 +566,8 @@ class StreamLearner:
         return None
 
     def _check_new(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '.', '_' and '-'")
+        if not EXPERT_NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
         if name in self.experts:
             raise ConfigError(f"there is an expert {name!r} already")
 

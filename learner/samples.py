@@ -11,6 +11,7 @@ metadata too, unless it looks like one of the optional keys misspelt: that refus
 import functools
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,9 @@ from ogpstream.memory.canonical import canonical_json
 MAX_LINE = 16 * 2**20
 # lines without an id whose repetitions are counted; the same number as the window of known ids
 OCCURRENCE_WINDOW = 2**20
+
+# names of files and of PEFT adapters are made of it
+EXPERT_NAME = re.compile(r"\w[\w-]*")
 
 Message = dict[str, Any]
 

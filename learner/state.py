@@ -11,20 +11,24 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
-from ogpstream.learner.sites import Attachment
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.seen import SeenIds
+
+if TYPE_CHECKING:
+    # `status` reads a state without a model, and these two take seconds to import
+    from transformers import PreTrainedModel
+
+    from ogpstream.learner.sites import Attachment
 
 FORMAT = 2
 # ids a ring slot holds, prompt and completion together

@@ -40,6 +40,7 @@ class StreamResult:
         cut: samples that lost ids from the left of the prompt to fit.
         update_ms_p50, update_ms_p95: milliseconds of a learned sample, with all that it caused; within 0.5 %.
         loss_first, loss_last: mean of the first and last 50 losses, nats per token, before the update.
+        learned_in_all: samples that the state has learned, earlier runs included, less what a rollback undid.
         rss_peak_mb: peak resident memory of the process, MiB.
         version: of the adapters at the end.
         problems: the first 20 refusals, "FILE:LINE: what; remedy".
@@ -55,6 +56,7 @@ class StreamResult:
     update_ms_p95: float | None = None
     loss_first: float | None = None
     loss_last: float | None = None
+    learned_in_all: int = 0
     rss_peak_mb: float = 0.0
     version: int = 0
     state_sha256: str = ""
@@ -102,6 +104,7 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
     result.update_ms_p50, result.update_ms_p95 = tally.times.quantile(0.5), tally.times.quantile(0.95)
     result.loss_first, result.loss_last = _mean(tally.first), _mean(tally.last)
     result.rss_peak_mb, result.version = _rss_peak_mb(), learner.version
+    result.learned_in_all = learner.state.counters.learned
     result.state_sha256 = learner.state_sha256()
     return result
 

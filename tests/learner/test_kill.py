@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ogpstream.learner import cli
+from ogpstream.learner import cli, stream
 from ogpstream.learner.apply import Applier
 from ogpstream.learner.samples import Sample
 from ogpstream.learner.status import read_status
@@ -92,7 +92,7 @@ def learn(job, state, *, kill_at=None, count_in=None, events=EVENTS, group=6):
             setattr(holder, name, watched(getattr(holder, name), name))
         Applier._limited = guard(Applier._limited)
         # small groups: some are acknowledged, one is half applied, some are still in the file
-        cli.learn_file = functools.partial(learn_file, group=group)
+        stream.learn_file = functools.partial(learn_file, group=group)
         code = cli.main([*job, "--state", str(state)])
         if count_in is not None:
             count_in.write_text(str(seen))

@@ -662,7 +662,7 @@ def test_an_exported_adapter_can_be_imported_and_learned_on(make: MakeLearner, t
         learner.import_peft(tmp_path / "adapter", "theirs")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "a b"])
+@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "a b", "a.b"])
 def test_what_is_no_name_of_an_expert_never_reaches_the_journal(make: MakeLearner, tmp_path: Path, name: str) -> None:
     adapter = _folded(make()).export_peft(tmp_path / "adapter")
     learner = make(tmp_path / "state")
@@ -686,14 +686,25 @@ def test_an_import_survives_a_kill_and_a_move_of_the_folder(
     (adapter / "checkpoint-1").mkdir()
     monkeypatch.chdir(tmp_path)
     learner = make(Path("state"))
+    learner.learn_one(_sample(0))
     learner.import_peft(adapter, "theirs")
     wanted = learner.state_sha256()
+    folder = tmp_path / "state" / "imports"
+    assert learner.status()["imports_bytes"] > 0 and len(list(folder.iterdir())) == 1
     # as a kill leaves it: the journal has the import, no snapshot does
     shutil.copytree(tmp_path / "state", tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     loaded = StreamLearner.load_state(tmp_path / "elsewhere" / "moved", tiny_model("llama", num_hidden_layers=1))
     assert loaded.state_sha256() == wanted
     loaded.close()
+    # the copy goes with the last snapshot that is older than the import
+    monkeypatch.chdir(tmp_path)
+    learner.save_state()
+    assert learner.state_sha256() == wanted and len(list(folder.iterdir())) == 1
+    learner.learn_one(_sample(1))
+    learner.save_state()
+    assert learner.status()["imports_bytes"] == 0 and not list(folder.iterdir())
+    assert learner.experts == ("default", "theirs")
 
 
 def test_a_sample_whose_step_was_aborted_is_learned_once(make: MakeLearner) -> None:
