@@ -53,7 +53,6 @@ class Expert:
     steps: int = 0
     started: int = 0
     folded: dict[str, int] = field(default_factory=dict)
-    frozen: bool = False
 
     def a(self, index: int) -> Tensor:
         """A of one site, `[D_in, r]`."""
@@ -97,7 +96,6 @@ class Expert:
             "folded": dict(self.folded),
             "discarded": list(self.discarded),
             "discarded_sq": list(self.discarded_sq),
-            "frozen": self.frozen,
         }
         return tensors, entry
 
@@ -149,7 +147,6 @@ class Expert:
             steps=int(entry["steps"]),
             started=int(entry["started"]),
             folded={str(basis): int(version) for basis, version in entry["folded"].items()},
-            frozen=bool(entry["frozen"]),
         )
 
 
