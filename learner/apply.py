@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.update import Lesson, NoRoom, Updater
+from ogpstream.memory.experts import Expert
 from ogpstream.memory.replay import Slot, SlotFlag
 
 Record = dict[str, Any]
@@ -167,40 +169,50 @@ class Applier:
         """An update of an expert that need not be active: where it is not, the commit activates it.
 
         Its units compute with a version that has the expert, folded against the P of now, and that nobody else sees;
-        the least recently used expert makes room. An update that is dropped or refused leaves all as it was.
+        the least recently used expert makes room. Between units all is as it was, and an update that is dropped or
+        refused leaves it so.
         """
         store, binding = self.state.store, self.updater.attachment.binding
         if name in store.active:
             return (yield from work)
-        expert, active, served = store.expert(name), store.active, store.served
-        before, committed = expert.copy(), False
+        expert, served = store.expert(name), store.served
+        before = expert.copy(), store.active
         try:
             self.state.protection.fold(expert)
             store.activate(name)
             trial = store.publish()
+            during = expert.copy(), store.active
+        finally:
             store.served = served
+            self._exchange(expert, *before)
+        with closing(work):
             while True:
+                self._exchange(expert, *during)
+                committed = False
                 try:
-                    # around a unit and not across the pause after it: a pin belongs to whoever holds the thread
                     with binding.using(trial):
                         unit = next(work)
                 except StopIteration as end:
                     update: Update = end.value
+                    committed = update.refusal is None
                     break
+                finally:
+                    if not committed:
+                        self._exchange(expert, *before)
                 yield unit
-            committed = update.refusal is None
-            if committed and store.served is served:
-                # settled: no step was needed, and nothing published
-                self.updater.publish()
-        finally:
-            work.close()
-            if not committed:
-                expert.restore(before)
-                for other in (*store.active, *active):
-                    store.deactivate(other)
-                for other, gate in active.items():
-                    store.activate(other, gate)
+        if committed and store.served is served:
+            # settled: no step was needed, and nothing published
+            self.updater.publish()
         return update
+
+    def _exchange(self, expert: Expert, values: Expert, active: Mapping[str, float]) -> None:
+        """Give an expert these values, and the store these active experts."""
+        expert.restore(values)
+        store = self.state.store
+        for name in store.active:
+            store.deactivate(name)
+        for name, gate in active.items():
+            store.activate(name, gate)
 
     def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
         """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""

@@ -191,9 +191,6 @@ def export(
     """Write an expert as one LoRA adapter that PeftModel.from_pretrained loads."""
     log_to_stderr()
     meta = _needed(state)
-    known = [entry["name"] for entry in meta["experts"]["experts"]]
-    if expert not in known:
-        raise ConfigError(f"no expert {expert!r} in {state}: there are {', '.join(known)}")
     if not force and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty: choose another --out, or give --force to replace an adapter there")
     learner = _resume(state, meta, model=model, device=device)

@@ -328,8 +328,8 @@ def test_only_a_committed_update_activates_an_expert(
             next(work)
             # other threads are served what was committed
             assert torch.equal(_logits(learner.model), logits) and learner.version == served.version
+            assert learner.state_sha256() == before
         work.close()
-        assert learner.state_sha256() == before
     else:
         with monkeypatch.context() as patch:
             patch.setattr(learner._updater, "_vocabulary", 1.0001)
@@ -340,6 +340,19 @@ def test_only_a_committed_update_activates_an_expert(
     report = learner.drain() if ends == "aborted" else learner.learn_one(_sample(9, "second"))
     assert isinstance(report, SampleReport)
     assert (report.status, report.version, tuple(store.active)[-1]) == ("learned", served.version + 1, "second")
+
+
+def test_a_step_that_was_left_open_takes_nothing_back(make: MakeLearner) -> None:
+    learner = make()
+    learner.add_expert("other")
+    work = learner.step(_sample(0, "other"))
+    next(work)
+    # applied by another call meanwhile
+    learner.learn_one(_sample(1))
+    learned = learner.state_sha256()
+    assert learner.state.store.expert("other").steps == 1
+    work.close()
+    assert learner.state_sha256() == learned
 
 
 def test_gates_scale_what_is_served(make: MakeLearner) -> None:
