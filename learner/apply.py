@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +23,8 @@ from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
+from ogpstream.learner.trial import activating
 from ogpstream.learner.update import Lesson, NoRoom, Updater
-from ogpstream.memory.experts import Expert
 from ogpstream.memory.replay import Slot, SlotFlag
 
 Record = dict[str, Any]
@@ -82,8 +81,7 @@ class Applier:
         new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
             slots = self._companions(record["rehearsals"], record["expert"])
-            update = yield from self._served(record["expert"],
-                                             self._update(record, record["expert"], [new, *map(_lesson, slots)]))
+            update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
             new = self._limited(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
@@ -148,8 +146,7 @@ class Applier:
         unrehearsed = self.state.unrehearsed() if waiting else []
         slots = unrehearsed[:1] or self._draw(1, but=but)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
-        name = slots[0].expert
-        update = yield from self._served(name, self._update(record, name, list(map(_lesson, slots))))
+        update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
         return update
@@ -159,60 +156,12 @@ class Applier:
         done = self.state.position.done
         while True:
             try:
-                return (yield from self.updater.run(expert, [self._limited(one, record, done) for one in lessons]))
+                work = self.updater.run(expert, [self._limited(one, record, done) for one in lessons])
+                return (yield from activating(self.updater, expert, work))
             except NoRoom as error:
                 tokens = error.tokens
             # how much memory there is, is no part of the state: the journal says what was done about it
             self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
-
-    def _served(self, name: str, work: Generator[str, None, Update]) -> Generator[str, None, Update]:
-        """An update of an expert that need not be active: where it is not, the commit activates it.
-
-        Its units compute with a version that has the expert, folded against the P of now, and that nobody else sees;
-        the least recently used expert makes room. Between units all is as it was, and an update that is dropped or
-        refused leaves it so.
-        """
-        store, binding = self.state.store, self.updater.attachment.binding
-        if name in store.active:
-            return (yield from work)
-        expert, served = store.expert(name), store.served
-        before = expert.copy(), store.active
-        try:
-            self.state.protection.fold(expert)
-            store.activate(name)
-            trial = store.publish()
-            during = expert.copy(), store.active
-        finally:
-            store.served = served
-            self._exchange(expert, *before)
-        with closing(work):
-            while True:
-                self._exchange(expert, *during)
-                committed = False
-                try:
-                    with binding.using(trial):
-                        unit = next(work)
-                except StopIteration as end:
-                    update: Update = end.value
-                    committed = update.refusal is None
-                    break
-                finally:
-                    if not committed:
-                        self._exchange(expert, *before)
-                yield unit
-        if committed and store.served is served:
-            # settled: no step was needed, and nothing published
-            self.updater.publish()
-        return update
-
-    def _exchange(self, expert: Expert, values: Expert, active: Mapping[str, float]) -> None:
-        """Give an expert these values, and the store these active experts."""
-        expert.restore(values)
-        store = self.state.store
-        for name in store.active:
-            store.deactivate(name)
-        for name, gate in active.items():
-            store.activate(name, gate)
 
     def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
         """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class DemoProgress:
-    """Progress of named jobs on stderr; without a terminal a line for every tenth of a job.
+    """Progress of named jobs on stderr; without a terminal a line at the start and for every tenth of a job.
 
     Args:
         console: where to; None shows nothing.
@@ -30,6 +30,7 @@ class DemoProgress:
 
     def __enter__(self) -> DemoProgress:
         self._progress.start()
+        self._tell(f"begun: {', '.join(self._totals)}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,8 +40,11 @@ class DemoProgress:
         """One job has done so many steps."""
         self._progress.update(self._bars[name], completed=done, note=note)
         total, tenth = self._totals[name], 10 * done // self._totals[name]
-        if self._lines is not None and tenth > self._tenths[name]:
+        if tenth > self._tenths[name]:
             self._tenths[name] = tenth
-            told = ", ".join(filter(None, (f"{name}: {done}/{total}", note,
-                                           f"{time.perf_counter() - self._started:.0f} s")))
-            self._lines.print(told, markup=False, highlight=False, soft_wrap=True)
+            self._tell(", ".join(filter(None, (f"{name}: {done}/{total}", note,
+                                               f"{time.perf_counter() - self._started:.0f} s"))))
+
+    def _tell(self, line: str) -> None:
+        if self._lines is not None:
+            self._lines.print(line, markup=False, highlight=False, soft_wrap=True)

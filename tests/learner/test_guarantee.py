@@ -21,6 +21,7 @@ from ogpstream.learner.folder import MemoryFolder
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.step import Reading
+from ogpstream.learner.trial import activating
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
@@ -106,7 +107,7 @@ class Bench:
 
     def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
         lesson = Lesson((seed, list(LOSSES).index(kind)), 1, again=True)
-        work = self.applier._served(name, self.updater.run(name, [lesson]))
+        work = activating(self.updater, name, self.updater.run(name, [lesson]))
         while True:
             try:
                 next(work)

@@ -110,6 +110,7 @@ def test_without_a_terminal_progress_is_a_line_a_tenth(terminal):
     if terminal:
         assert not any(line.startswith("ours: 20/200") for line in lines)
         return
+    assert lines.pop(0) == "begun: ours, alone"
     told = [line.rpartition(", ")[0] for line in lines]
     assert told[:10] == [f"ours: {done}/200" for done in range(20, 201, 20)]
     assert told[10:] == [f"alone: {done}/5, loss {done}.5" for done in range(1, 6)]
