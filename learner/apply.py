@@ -23,6 +23,7 @@ from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
+from ogpstream.learner.trial import activating
 from ogpstream.learner.update import Lesson, NoRoom, Updater
 from ogpstream.memory.replay import Slot, SlotFlag
 
@@ -79,21 +80,23 @@ class Applier:
         updates: list[Update] = []
         new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
-            self._make_active(record["expert"])
             slots = self._companions(record["rehearsals"], record["expert"])
             update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
             new = self._limited(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
             counters.acknowledged += 1
-            if record["id"] is not None:
-                self.state.seen.add(record["id"])
             if reason is not None:
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
+                if record["id"] is not None:
+                    # not by its id, which the mended sample may have too
+                    self.state.refused.add(record["digest"])
                 self.folder.quarantine({**record, "reason": reason})
                 return self._report(record, new, "rejected", started, loss, updates, reason)
             counters.learned += 1
+            if record["id"] is not None:
+                self.state.seen.add(record["id"])
             self._note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
             for place in (ring, self.state.waiting):
@@ -143,7 +146,6 @@ class Applier:
         unrehearsed = self.state.unrehearsed() if waiting else []
         slots = unrehearsed[:1] or self._draw(1, but=but)
         slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
-        self._make_active(slots[0].expert)
         update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
@@ -154,7 +156,8 @@ class Applier:
         done = self.state.position.done
         while True:
             try:
-                return (yield from self.updater.run(expert, [self._limited(one, record, done) for one in lessons]))
+                work = self.updater.run(expert, [self._limited(one, record, done) for one in lessons])
+                return (yield from activating(self.updater, expert, work))
             except NoRoom as error:
                 tokens = error.tokens
             # how much memory there is, is no part of the state: the journal says what was done about it
@@ -213,7 +216,7 @@ class Applier:
             case "refused" | "kept" as kind:
                 counters.acknowledged += 1
                 if record["id"] is not None:
-                    self.state.seen.add(record["id"])
+                    (self.state.refused if kind == "refused" else self.state.seen).add(record["id"])
                 if kind == "refused":
                     counters.rejected += 1
                     return SampleReport(record["id"], "rejected", version, reason=record["reason"])
@@ -265,18 +268,11 @@ class Applier:
             store.activate(name, gate)
         self.updater.publish()
 
-    def _make_active(self, name: str) -> None:
-        """An expert must be served to be trained; the least recently used one makes room."""
-        store = self.state.store
-        if name not in store.active:
-            self.state.protection.fold(store.expert(name))
-            store.activate(name)
-            self.updater.publish()
-
     def _roll_back(self, record: Record) -> None:
         snapshot = self.folder.load(record["to"])
         state = self.state
-        counters, seen, version = state.counters, state.seen.state_dict(), state.store.served.version
+        counters, version = state.counters, state.store.served.version
+        seen, refused = state.seen.state_dict(), state.refused.state_dict()
         state.restore(snapshot.tensors, snapshot.meta)
         # a snapshot made between the updates of a sample has that sample in it
         inside = state.position.seq + (state.position.done > 0)
@@ -285,6 +281,7 @@ class Applier:
                 self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
+        state.refused.load_state_dict(refused)
         learned = state.counters.learned
         state.counters = replace(counters, learned=learned,
                                  quarantined=counters.quarantined + counters.learned - learned)

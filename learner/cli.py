@@ -1,7 +1,8 @@
 """The command line `ogpstream`: learn a file, look at a state, go back in it, export it.
 
-Results go to stdout, everything else to stderr; exit status 0 fine, 1 failed, 2 wrong use, 130 interrupted. Other
-packages add commands through the entry point group `ogpstream.commands`, each value called with the typer app.
+Results go to stdout, everything else to stderr; what the exit status says is in EPILOG. Other packages add commands
+through the entry point group `ogpstream.commands`, each value called with the typer app. Commands import what they
+need when they run: torch and transformers take seconds, and --help needs neither.
 """
 
 from __future__ import annotations
@@ -9,33 +10,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
 import typer
 
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import ConfigError, OgpStreamError, StateError
-from ogpstream.learner.folder import StateFolder
-from ogpstream.learner.learner import StreamLearner
-from ogpstream.learner.pretrained import load_pretrained
-from ogpstream.learner.status import read_status
-from ogpstream.learner.stream import StreamResult, learn_file
-from ogpstream.learner.terminal import LearnProgress, busy, log_to_stderr, tell
+from ogpstream.learner.options import check_same, read_experts, read_settings, read_texts
+from ogpstream.learner.terminal import LearnProgress, busy, learn_summary, log_to_stderr, status_table, tell
+
+if TYPE_CHECKING:
+    from ogpstream.learner.learner import StreamLearner
 
 GROUP = "ogpstream.commands"
 INTERRUPTED = 130
+EPILOG = ("Exit status: 0 fine; 1 the work failed, or --strict and a line was rejected; 2 the command or a setting is "
+          "wrong, and nothing was done; 130 interrupted. Errors are one line on stderr.")
 
 app = typer.Typer(
     name="ogpstream",
     help="A language model that learns from corrections while it serves, and protects what it learned before.",
+    epilog=EPILOG,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -68,7 +71,7 @@ def learn(
     samples: Annotated[Path, typer.Option(
         metavar="FILE.jsonl", exists=True, dir_okay=False, readable=True,
         help='One sample a line: {"prompt", "completion"} as texts or chat messages, or {"messages"}; '
-             'optional "id", "expert", "source"; "label": false keeps a line without learning it.')],
+             'optional "id", "expert", "source", "meta"; "label": false keeps a line without learning it.')],
     state: Annotated[Path, typer.Option(
         metavar="DIR", help="Folder of the learner's state; made if it is missing, continued if it is not.")],
     config: Annotated[Path | None, typer.Option(
@@ -79,6 +82,9 @@ def learn(
     calibration: Annotated[Path | None, typer.Option(
         metavar="FILE.txt", exists=True, dir_okay=False, readable=True,
         help="Texts, one a line, that the base model should stay good at; by default it writes some itself.")] = None,
+    add_expert: Annotated[list[str] | None, typer.Option(
+        metavar="NAME[:RANK]", help='Make this expert if the state lacks it, for lines with "expert": NAME; '
+                                    "repeat for more.")] = None,
     strict: Annotated[bool, typer.Option(help="Exit with 1 when a line was rejected.")] = False,
     verbose: Annotated[bool, typer.Option(help="Also tell of each line that was cut or kept aside.")] = False,
     as_json: AsJson = False,
@@ -90,15 +96,22 @@ def learn(
     """Learn a file of corrections, one sample at a time.
 
     Stop it whenever you like and run the same command again: it goes on where it was, and learns nothing twice (an id,
-    or an equal line without one, is known for the next 2^20 lines).
+    or an equal line without one, is known for the next 2^20 lines). Rejected lines are told on every run, and learned
+    once they are mended.
     """
     log_to_stderr(verbose)
-    given = _settings(config, setting or [])
+    given = read_settings(config, setting or [])
     meta = _meta(state)
     if meta is not None:
-        _same_settings(state, given, meta["config"])
+        check_same(state, given, meta["config"])
     settings = LearnerConfig.from_dict(given)
-    texts = None if calibration is None or meta is not None else _texts(calibration, settings)
+    texts = None if calibration is None or meta is not None else read_texts(calibration, settings)
+    known = {"default": settings.rank} if meta is None else {e["name"]: e["rank"] for e in meta["experts"]["experts"]}
+    experts = read_experts(add_expert or [], known)
+    from ogpstream.learner.learner import StreamLearner
+    from ogpstream.learner.pretrained import load_pretrained
+    from ogpstream.learner.stream import learn_file
+
     with ExitStack() as stack:
         if meta is None:
             _use_threads(threads)
@@ -109,9 +122,13 @@ def learn(
         else:
             learner = _resume(state, meta, model=model, threads=threads, dtype=dtype, device=device)
         stack.callback(learner.close)
+        for name, rank in experts.items():
+            # one whose record a killed run has left in the journal is there by now
+            if name not in learner.experts:
+                learner.add_expert(name, rank=rank)
         shown = stack.enter_context(LearnProgress(samples))
         result = learn_file(learner, samples, on_progress=shown.update)
-    _answer(dataclasses.asdict(result), as_json, _summary(result, state))
+    _answer(dataclasses.asdict(result), as_json, learn_summary(result, state))
     return int(strict and result.rejected > 0)
 
 
@@ -124,20 +141,23 @@ def status(state: State, as_json: AsJson = False) -> int:
     """
     log_to_stderr()
     try:
+        _check_state(state)
+        from ogpstream.learner.status import read_status
+
         fields, problems = read_status(state)
-    except StateError as error:
+    except OgpStreamError as error:
         if as_json:
             print(json.dumps({"healthy": False, "problem": str(error)}), flush=True)
         raise
-    lines = [f"{name:<14}{', '.join(value) if isinstance(value, list) else value}" for name, value in fields.items()]
-    _answer(fields, as_json, "\n".join(lines))
+    _answer(fields, as_json, status_table(fields))
     return int(bool(problems))
 
 
 @app.command()
 def rollback(
     state: State,
-    to: Annotated[int, typer.Option(metavar="VERSION", min=0, help="A version that is kept: see the error for which.")],
+    to: Annotated[int, typer.Option(
+        metavar="VERSION", min=0, help="One of the versions that `ogpstream status` lists.")],
     model: Model = None,
     as_json: AsJson = False,
     threads: Threads = None,
@@ -145,7 +165,10 @@ def rollback(
 ) -> int:
     """Go back to a saved version; what was learned since goes to quarantine.jsonl and stays known by its id."""
     log_to_stderr()
-    learner = _resume(state, _needed(state), model=model, threads=threads, device=device)
+    meta = _needed(state)
+    if to not in meta["versions"]:
+        raise ConfigError(f"no version {to} in {state}: there are {', '.join(map(str, meta['versions']))}")
+    learner = _resume(state, meta, model=model, threads=threads, device=device)
     try:
         learner.rollback(to)
         fields = {"rolled_back_to": to, **learner.status()}
@@ -160,15 +183,19 @@ def export(
     state: State,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the adapter, as PEFT reads it.")],
     expert: Annotated[str, typer.Option(help="The expert to write.")] = "default",
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
     model: Model = None,
     as_json: AsJson = False,
     device: Device = None,
 ) -> int:
     """Write an expert as one LoRA adapter that PeftModel.from_pretrained loads."""
     log_to_stderr()
-    learner = _resume(state, _needed(state), model=model, device=device)
+    meta = _needed(state)
+    if not force and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty: choose another --out, or give --force to replace an adapter there")
+    learner = _resume(state, meta, model=model, device=device)
     try:
-        learner.export_peft(out, expert)
+        learner.export_peft(out, expert, replace=force)
         fields = {"out": str(out), "expert": expert, "version": learner.version}
     except OSError as error:
         raise StateError(f"{out} cannot be written: {error.strerror or error}; choose another --out") from error
@@ -180,8 +207,8 @@ def export(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; every error a user can act on is one line on stderr."""
-    _add_plugins()
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
+    _add_plugins(words[0])
     try:
         with warnings.catch_warnings():
             # of the libraries below, about themselves: nothing that a user of this command can act on
@@ -193,7 +220,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return int(shown.exit_code)
     except OgpStreamError as error:
         tell(" ".join(str(error).split()))
-        return 1
+        return error.exit_status
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except OSError as error:
@@ -204,35 +231,57 @@ def main(args: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
+def _add_plugins(first: str) -> None:
+    """Add the commands of other packages where the first word may need them."""
+    if any(first in (own.name, getattr(own.callback, "__name__", None)) for own in app.registered_commands):
+        return
+    points = sorted(set(entry_points(group=GROUP)), key=lambda point: point.name)
+    for point in [point for point in points if point.name == first] or points:
+        _add_plugin(point)
+
+
 @functools.cache
-def _add_plugins() -> None:
-    for point in sorted(set(entry_points(group=GROUP)), key=lambda point: point.name):
-        try:
-            point.load()(app)
-        except Exception as error:
-            tell(f"the command {point.name} ({point.value}) is left out: {type(error).__name__}: {error}", "warning")
+def _add_plugin(point: EntryPoint) -> None:
+    try:
+        point.load()(app)
+    except Exception as error:
+        tell(f"the command {point.name} ({point.value}) is left out: {type(error).__name__}: {error}", "warning")
 
 
 # what the commands share
 
 
 def _meta(state: Path) -> dict[str, Any] | None:
-    """What a state's newest snapshot says; None for a folder without one, which is made.
+    """What a state's newest snapshot says; None for a folder without one, which is made later.
 
     Loading a model takes long: a folder that is in use, damaged or not to be written is found before.
     """
+    if not (state / "snapshots").is_dir():
+        place = next(folder for folder in (state, *state.absolute().parents) if folder.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            raise StateError(f"{state} cannot be used: {place} is no folder that can be written; "
+                             "choose a folder that can")
+        return None
+    from ogpstream.learner.folder import StateFolder
+
     folder = StateFolder(state)
     try:
-        return None if folder.empty else folder.load().meta
+        return None if folder.empty else {**folder.load().meta, "versions": folder.versions()}
     finally:
         folder.close()
 
 
+def _check_state(state: Path) -> None:
+    if not (state / "snapshots").is_dir():
+        raise ConfigError(f"{state} holds no learner state: give the folder that `learn --state` wrote")
+
+
 def _needed(state: Path) -> dict[str, Any]:
-    """The same where there must be a state; makes no folder."""
-    meta = _meta(state) if (state / "snapshots").is_dir() else None
+    """`_meta` where there must be a state; makes no folder."""
+    _check_state(state)
+    meta = _meta(state)
     if meta is None:
-        raise StateError(f"{state} holds no learner state: give the folder that `learn --state` wrote")
+        raise StateError(f"{state} is damaged: it has no snapshot; restore the folder from a copy")
     return meta
 
 
@@ -250,10 +299,13 @@ def _resume(
     if dtype not in (None, DType.auto, saved["dtype"]):
         raise ConfigError(f"the state in {state} was made in {saved['dtype']}: leave --dtype out, "
                           "or choose another --state")
-    _use_threads(threads or meta["environment"]["threads"])
     name = model or saved["name"]
     if not name:
         raise ConfigError(f"the state in {state} does not say where its model is: give --model")
+    from ogpstream.learner.learner import StreamLearner
+    from ogpstream.learner.pretrained import load_pretrained
+
+    _use_threads(threads or meta["environment"]["threads"])
     with busy(f"loading {name}"):
         base, tokenizer = load_pretrained(name, dtype=saved["dtype"], device=device)
     with busy(f"continuing {state}"):
@@ -261,70 +313,11 @@ def _resume(
 
 
 def _use_threads(threads: int | None) -> None:
+    import torch
+
     if threads is not None:
         torch.set_num_threads(threads)
 
 
-def _settings(file: Path | None, changes: Sequence[str]) -> dict[str, Any]:
-    """The settings that were named, by --config and over it by --set; checked."""
-    given: dict[str, Any] = {}
-    if file is not None:
-        try:
-            given = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{file} is not JSON: {error}; write one object of settings") from error
-        if not isinstance(given, dict):
-            raise ConfigError(f"{file} does not hold a JSON object; write one object of settings")
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"{change!r} is no setting: write NAME=VALUE", param_hint="--set")
-        try:
-            given[name] = json.loads(text)
-        except ValueError:
-            given[name] = text
-    LearnerConfig.from_dict(given)
-    return given
-
-
-def _same_settings(state: Path, given: dict[str, Any], saved: dict[str, Any]) -> None:
-    asked = LearnerConfig.from_dict(given).to_dict()
-    for name in given:
-        if asked[name] != saved[name]:
-            raise ConfigError(f"the state in {state} was made with {name} = {json.dumps(saved[name])}, not "
-                              f"{json.dumps(asked[name])}: leave the setting out, or choose another --state")
-
-
-def _texts(file: Path, settings: LearnerConfig) -> list[str]:
-    if not settings.warm_start or settings.guard != "fold":
-        raise ConfigError("calibration texts serve the warm start, which needs warm_start = true and guard = fold: "
-                          "set these, or drop the texts")
-    try:
-        texts = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except ValueError as error:
-        raise ConfigError(f"{file} is not UTF-8: {error}; save it as UTF-8 text, one a line") from error
-    if not texts:
-        raise ConfigError(f"{file} holds no text: write one text a line, or leave --calibration out")
-    return texts
-
-
-# what the commands print
-
-
 def _answer(fields: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(fields, allow_nan=False) if as_json else text, flush=True)
-
-
-def _summary(result: StreamResult, state: Path) -> str:
-    parts = [f"learned {result.learned} of {result.samples} samples"]
-    counts = (("skipped as known", result.skipped), ("rejected", result.rejected),
-              ("kept, not trained on", result.quarantined), ("cut to fit", result.cut))
-    parts += [f"{count} {name}" for name, count in counts if count]
-    lines = [", ".join(parts)]
-    if result.update_ms_p50 is not None:
-        lines.append(f"{result.update_ms_p50:.1f} ms a sample (median; 95 %: {result.update_ms_p95:.1f})")
-    if result.loss_first is not None:
-        lines.append(f"loss before the update {result.loss_first:.3f} at first, {result.loss_last:.3f} at last, "
-                     "nats a token")
-    lines.append(f"{state} serves version {result.version}")
-    return "\n".join(lines)

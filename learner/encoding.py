@@ -17,8 +17,6 @@ class Encoded:
     ids: tuple[int, ...]
     prompt_length: int
     expert: str
-    id: str | None
-    source: str | None
     cut: int
 
     @property
@@ -59,7 +57,7 @@ def encode(sample: Sample, tokenizer: Any, *, vocab_size: int, max_tokens: int, 
         )
     cut = max(0, len(prompt) + len(completion) - max_tokens)
     prompt = cut_prompt(prompt, cut, head)
-    return Encoded(tuple(prompt + completion), len(prompt), sample.expert, sample.id, sample.source, cut)
+    return Encoded(tuple(prompt + completion), len(prompt), sample.expert, cut)
 
 
 def cut_prompt(prompt: list[int], cut: int, head: int) -> list[int]:

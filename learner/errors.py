@@ -2,11 +2,18 @@
 
 
 class OgpStreamError(Exception):
-    """Base of all errors of this package that a caller is expected to handle."""
+    """Base of all errors of this package that a caller is expected to handle.
+
+    `exit_status` is that of a command which it ends: 1 the work failed, 2 what was asked for is wrong.
+    """
+
+    exit_status = 1
 
 
 class ConfigError(OgpStreamError):
-    """A setting is out of range, unknown, or does not fit the others."""
+    """A setting is out of range, unknown, or does not fit the others; nothing was done."""
+
+    exit_status = 2
 
 
 class ModelError(OgpStreamError):

@@ -93,7 +93,7 @@ class StateFolder:
         return self.records(max(after, self.journal.first_seq - 1))
 
     def save(self, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Write a snapshot and drop the journal that no kept snapshot needs any more."""
+        """Write a snapshot; drop the journal that no kept snapshot needs any more, and the imports that it named."""
         with self._named():
             self.journal.sync()
             self.snapshots.save(version, tensors, meta)
@@ -102,6 +102,9 @@ class StateFolder:
             newest = sorted(self.snapshots.versions())[-self.snapshots.keep :]
             metas = [self.snapshots.meta(kept) for kept in newest]
             self.journal.drop_before(min(m["position"]["seq"] for m in metas if m is not None))
+            for adapter in self.imports():
+                if int(adapter.name.rpartition("-")[2]) < self.journal.first_seq:
+                    shutil.rmtree(adapter)
 
     def quarantine(self, entry: Mapping[str, Any]) -> None:
         """Keep a sample that is not learned, with the reason, for a person to review.
@@ -139,6 +142,17 @@ class StateFolder:
     def imported(self, name: str) -> Path:
         """Where the adapter of that name is; the state folder may have been moved since."""
         return self.path / "imports" / name
+
+    def imports(self) -> list[Path]:
+        """Adapters that the journal may still name: NAME-NUMBER, with the number of their record."""
+        return [path for path in (self.path / "imports").glob("*-*") if path.name.rpartition("-")[2].isdecimal()]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of what stands beside journal and snapshots; a quarantine is a person's to shorten."""
+        with self._named():
+            place = self.path / "quarantine.jsonl"
+            imports = [file.stat().st_size for adapter in self.imports() for file in adapter.iterdir()]
+            return {"quarantine_bytes": place.stat().st_size if place.exists() else 0, "imports_bytes": sum(imports)}
 
     def versions(self) -> list[int]:
         return sorted(self.snapshots.versions())
@@ -221,6 +235,9 @@ class MemoryFolder:
 
     def imported(self, name: str) -> Path:
         return Path(name)
+
+    def sizes(self) -> dict[str, int]:
+        return {"quarantine_bytes": 0, "imports_bytes": 0}
 
     def versions(self) -> list[int]:
         return sorted(self._saves)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from ogpstream.learner.errors import ConfigError, ModelError, SampleError, State
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import Refused, Sample, refuse
+from ogpstream.learner.samples import EXPERT_NAME, Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
 from ogpstream.learner.update import Updater
@@ -36,8 +35,7 @@ DEFAULT_EXPERT = "default"
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000
 
-# names of files and of PEFT adapters are made of it
-_NAME = re.compile(r"\w[\w.-]*")
+_REFUSED_BEFORE = "a guard refused it before, quarantine.jsonl says why; change it to have it tried again"
 
 Verifier = Callable[[str, str], Sample | None]
 T = TypeVar("T")
@@ -220,6 +218,8 @@ class StreamLearner:
             "ring_samples": len(self.state.ring),
             "experts": list(self.experts),
             "held_discarded": max(max(self._expert(name).discarded) for name in self.experts),
+            "versions": self.versions(),
+            **self._applier.folder.sizes(),
             "state_sha256": self.state_sha256(),
         }
 
@@ -250,7 +250,7 @@ class StreamLearner:
         """
         if sample.expert not in self.experts:
             raise SampleError(f"unknown expert {sample.expert!r}: known are {', '.join(self.experts)}; "
-                              "add_expert makes a new one")
+                              "add it, by `learn --add-expert` or by add_expert")
         if self.tokenizer is None and sample.prompt_ids is None:
             raise SampleError("the learner was made without a tokenizer: give prompt_ids and completion_ids")
         encoded = self._encode(sample, self.max_tokens)
@@ -281,9 +281,10 @@ class StreamLearner:
         The sample is acknowledged before the first unit. Closing the generator aborts the unit's update; the sample
         stays pending and is learned by the next call of any learning method.
         """
-        if self._known(sample):
-            self.queue.last_report = SampleReport(sample.id, "skipped", self.version)
-            return self.queue.last_report
+        known = self._known(sample)
+        if known is not None:
+            self.queue.last_report = known
+            return known
         self.accept(sample)
         report: Report = None
         while self.queue:
@@ -296,14 +297,14 @@ class StreamLearner:
         """Acknowledge a sample, which is learned by the next call of any learning method.
 
         Returns:
-            Its number in the journal, or None if its id was brought before.
+            Its number in the journal, or None if its id was brought before, or a guard refused it before.
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
             StateError: the journal cannot be written.
         """
         # one that an aborted step has left pending is not acknowledged twice
-        if self._known(sample) or sample.id is not None and self.queue.holds(sample.id):
+        if self._known(sample) is not None or sample.id is not None and self.queue.holds(sample.id):
             return None
         return self.queue.acknowledge([self._record(sample, rehearsals=0)])
 
@@ -328,41 +329,34 @@ class StreamLearner:
                     on_report: Callable[[SampleReport], None] | None = None) -> list[SampleReport]:
         """Learn samples one after the other, with `config.rehearsals` updates on old samples after each.
 
-        All are acknowledged together first; those whose id was brought before are left out.
+        All are acknowledged together first. One whose id was brought before, or an earlier one of them has, is
+        skipped. What was refused before is tried again unless it was a guard that refused it; refused once more, it
+        is told again and not counted again.
 
         Args:
-            samples: a `Refused` stands for a line of a stream that is no sample; it is recorded, so that a rerun of
-                the stream does not count it again.
-            refuse: record unusable samples the same way instead of raising; without an id they are just left out.
+            samples: a `Refused` stands for a line of a stream that is no sample.
+            refuse: record unusable samples as refused instead of raising.
             on_report: told of each sample as soon as it is done.
+
+        Returns:
+            A report of each sample, in their order.
 
         Raises:
             SampleError: one of them is unusable; none of them is acknowledged then.
         """
         self.drain()
-        records = []
-        known: set[str] = set()
+        planned: list[Record | SampleReport] = []
+        taken: set[str] = set()
         for sample in samples:
-            if sample.id is not None and (sample.id in known or sample.id in self.state.seen):
-                continue
-            if isinstance(sample, Refused):
-                record = _refusal(sample.id, sample.reason)
-            else:
-                try:
-                    record = self._record(sample, rehearsals=self.config.rehearsals)
-                except SampleError as error:
-                    if not refuse:
-                        raise
-                    if sample.id is None:
-                        continue
-                    record = _refusal(sample.id, str(error))
-            records.append(record)
-            if sample.id is not None:
-                known.add(sample.id)
-        self.queue.acknowledge(records)
+            known = SampleReport(sample.id, "skipped", self.version) if sample.id in taken else None
+            plan = known or self._plan(sample, refuse=refuse)
+            planned.append(plan)
+            if isinstance(plan, dict) and sample.id is not None:
+                taken.add(sample.id)
+        self.queue.acknowledge([plan for plan in planned if isinstance(plan, dict)])
         reports = []
-        while self.queue:
-            report = _exhaust(self.queue.apply_next())
+        for plan in planned:
+            report = _exhaust(self.queue.apply_next()) if isinstance(plan, dict) else plan
             assert isinstance(report, SampleReport)
             reports.append(report)
             if on_report is not None:
@@ -444,8 +438,16 @@ class StreamLearner:
         self.queue.acknowledge([{"kind": "activate", "gates": gates}])
         self.drain()
 
-    def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT) -> Path:
-        """Write one expert, plastic and held part as one LoRA of rank r + r_c, as a PEFT adapter folder."""
+    def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT, *, replace: bool = False
+                    ) -> Path:
+        """Write one expert, plastic and held part as one LoRA of rank r + r_c, as a PEFT adapter folder.
+
+        Args:
+            replace: an adapter that is there; anything else never is.
+
+        Raises:
+            StateError: the folder is not empty, or cannot be written.
+        """
         source = self._expert(expert)
         factors = []
         for index in range(len(self.attachment.sites)):
@@ -454,7 +456,9 @@ class StreamLearner:
                             torch.cat([source.scaling * source.b(index), held.V], 0)))
         name = self.model.config.name_or_path
         peft_io.export_adapter(folder, model=self.model, attachment=self.attachment, factors=factors,
-                               base_model_name=name)
+                               base_model_name=name, replace=replace,
+                               about=f"expert `{expert}` as of version {self.version}, after "
+                                     f"{self.state.counters.learned} samples that were learned by all experts together")
         return Path(folder)
 
     def import_peft(self, folder: str | os.PathLike[str], expert: str) -> None:
@@ -527,17 +531,43 @@ class StreamLearner:
             return {"kind": "kept", "id": sample.id, "reason": "marked as wrong by its source",
                     "sample": sample.to_dict()}
         encoded = self.encode(sample)
-        return {"kind": "sample", "id": sample.id, "ids": list(encoded.ids), "prompt_length": encoded.prompt_length,
+        return {"kind": "sample", "id": sample.id, "digest": sample.digest, "ids": list(encoded.ids),
+                "prompt_length": encoded.prompt_length,
                 "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals,
                 # for a person who reviews what was refused or undone
                 "source": sample.source, "meta": sample.meta}
 
-    def _known(self, sample: Sample) -> bool:
-        return sample.id is not None and sample.id in self.state.seen
+    def _plan(self, sample: Sample | Refused, *, refuse: bool) -> Record | SampleReport:
+        """The record of one sample of a batch, or the report of one that makes none."""
+        if isinstance(sample, Refused):
+            reason = sample.reason
+        else:
+            known = self._known(sample)
+            if known is not None:
+                return known
+            try:
+                return self._record(sample, rehearsals=self.config.rehearsals)
+            except SampleError as error:
+                if not refuse:
+                    raise
+                reason = str(error)
+        if sample.id is not None and sample.id in self.state.refused:
+            return SampleReport(sample.id, "rejected", self.version, reason=reason)
+        return {"kind": "refused", "id": sample.id, "reason": reason}
+
+    def _known(self, sample: Sample) -> SampleReport | None:
+        """What to tell of a sample that there is nothing left to do for; None for any other."""
+        if sample.id is None:
+            return None
+        if sample.id in self.state.seen:
+            return SampleReport(sample.id, "skipped", self.version)
+        if sample.digest in self.state.refused:
+            return SampleReport(sample.id, "rejected", self.version, reason=_REFUSED_BEFORE)
+        return None
 
     def _check_new(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '.', '_' and '-'")
+        if not EXPERT_NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
         if name in self.experts:
             raise ConfigError(f"there is an expert {name!r} already")
 
@@ -551,10 +581,6 @@ class StreamLearner:
         """Protect what the base model uses on calibration texts, or on samples of its own."""
         texts = warmstart.calibration_ids(self.attachment, self.tokenizer, self.config, calibration, self.max_tokens)
         self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))
-
-
-def _refusal(id_: str, reason: str) -> Record:
-    return {"kind": "refused", "id": id_, "reason": reason}
 
 
 def _exhaust(work: Generator[str, None, T]) -> T:

@@ -67,15 +67,19 @@ def export_adapter(
     attachment: Attachment,
     factors: Sequence[tuple[Tensor, Tensor]],
     base_model_name: str,
+    about: str = "",
+    replace: bool = False,
 ) -> None:
     """Write one LoRA adapter y += x A B that plain PEFT loads.
 
-    The folder appears complete under its name or not at all; an adapter that was there is replaced.
+    The folder appears complete under its name or not at all.
 
     Args:
         factors: A `[D_in, R]`, B `[R, D_out]` per site, all scaling in B: A = [A | U], B = [scaling B ; V].
             R may differ between sites; the folder has the largest one.
         base_model_name: path or id of the base model, written into the adapter's configuration.
+        about: what the model card says of where the adapter comes from.
+        replace: an adapter that is there.
 
     Raises:
         StateError: the folder holds something else than an adapter, or cannot be written.
@@ -85,6 +89,8 @@ def export_adapter(
     replaces = (target / _CONFIG).is_file()
     if target.exists() and not replaces and (not target.is_dir() or any(target.iterdir())):
         raise StateError(f"{folder} exists and is no PEFT adapter: choose another folder")
+    if replaces and not replace:
+        raise StateError(f"{folder} holds an adapter already: choose another folder, or replace it (--force)")
     rank = max([1, *(A.shape[1] for A, _ in factors)])
     weights = {}
     for site, (A, B) in zip(attachment.sites, factors, strict=True):
@@ -115,6 +121,8 @@ def export_adapter(
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             fresh = Path(scratch, "new")
             adapted.save_pretrained(str(fresh), save_embedding_layers=False)
+            # PEFT's own is a form to fill in
+            (fresh / "README.md").write_text(_card(base_model_name, config, about), "utf-8")
             old = Path(scratch, "old")
             if replaces:
                 target.rename(old)
@@ -126,6 +134,32 @@ def export_adapter(
                 raise
     except OSError as error:
         raise StateError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def _card(base: str, config: LoraConfig, about: str) -> str:
+    """The model card: what is known of an adapter, and nothing else."""
+    base = base or "the model it was trained on"
+    return f"""---
+library_name: peft
+tags: [lora, ogp-lora-stream]
+---
+# A LoRA adapter for {base}
+
+Exported by `ogp-lora-stream`: {about or "an expert"}.
+
+- base model: `{base}`, unchanged
+- rank {config.r}: what is still trained and what is held of it, as one LoRA; alpha {config.lora_alpha}
+- adapted linears: {", ".join(sorted(config.target_modules or []))}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "the folder of this file")
+```
+
+It was trained on the corrections of one user or server. Nothing was measured on it beyond these.
+"""
 
 
 def read_adapter(folder: str | os.PathLike[str], attachment: Attachment) -> ImportedAdapter:

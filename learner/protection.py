@@ -70,10 +70,6 @@ class Protection:
         """Directions in all bases together."""
         return sum(basis.columns for basis in self.bases.values())
 
-    @property
-    def nbytes(self) -> int:
-        return sum(basis.nbytes for basis in self.bases.values())
-
     def project_(self, layout: Layout, slab: Tensor) -> dict[str, Tensor]:
         """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place.
 

@@ -3,15 +3,19 @@
 A line is a JSON object in TRL's forms: {"prompt", "completion"} as two texts or two lists of chat messages,
 or {"messages"} (its last message, from the assistant, is the completion). Ids made elsewhere come as
 {"prompt_ids", "completion_ids"}, two lists of integers that are taken as they are. Optional: "expert", "id",
-"source" (texts; a number as id is taken as its digits) and "label": false, which marks "that was wrong":
-kept, not trained on. Any other "label" and every other key is metadata.
+"source" (texts; a number as id is taken as its digits), "label": false, which marks "that was wrong": kept,
+not trained on, and "meta", an object of whatever a line should carry. Any other "label" and every other key is
+metadata too, unless it looks like one of the optional keys misspelt: that refuses the line.
 """
 
+import functools
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from os import PathLike
 from typing import Any, BinaryIO, NoReturn
 
@@ -22,10 +26,15 @@ MAX_LINE = 16 * 2**20
 # lines without an id whose repetitions are counted; the same number as the window of known ids
 OCCURRENCE_WINDOW = 2**20
 
+# names of files and of PEFT adapters are made of it
+EXPERT_NAME = re.compile(r"\w[\w-]*")
+
 Message = dict[str, Any]
 
 _TEXTS = ("expert", "id", "source")
-_KEYS = frozenset(("prompt", "completion", "prompt_ids", "completion_ids", "messages", "label", *_TEXTS))
+# a misspelt one of these would go unnoticed; without one of the others there is no sample
+_OPTIONAL = (*_TEXTS, "label")
+_KEYS = ("prompt", "completion", "prompt_ids", "completion_ids", "messages", *_OPTIONAL, "meta")
 _FORMS = 'give "prompt" and "completion", or "messages", or "prompt_ids" and "completion_ids"'
 
 
@@ -35,7 +44,8 @@ class Sample:
 
     prompt and completion are both text or both lists of messages ({"role", "content"}, completion only from
     the assistant); both may be empty when prompt_ids and completion_ids are given, which are used instead of
-    them. `label` False: kept, not trained on. `meta`: plain JSON, returned as it came. Raises SampleError.
+    them. `label` False: kept, not trained on. `meta`: plain JSON of any keys, returned as it came. Raises
+    SampleError.
     """
 
     prompt: str | list[Message] = ""
@@ -76,9 +86,6 @@ class Sample:
             )
         if not isinstance(self.meta, dict):
             refuse(f"meta is {_kind(self.meta)}", "give a dict")
-        clash = _KEYS & self.meta.keys() - ({"label"} if self.label is None else set())
-        if clash:
-            refuse(f"meta has the key {min(clash)!r}", "rename it: it is the name of a field")
         try:
             canonical_json(self.to_dict())
         except ValueError as error:
@@ -89,14 +96,16 @@ class Sample:
         """False for a sample that is kept without being learned."""
         return self.label is not False
 
+    @property
+    def digest(self) -> str:
+        """Hash of all of it: what tells a mended sample from the one that was refused under the same id."""
+        return hashlib.sha256(canonical_json(self.to_dict())).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         """The sample as one JSON object; `from_dict` makes an equal one of it."""
-        record: dict[str, Any] = {
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "expert": self.expert,
-            **self.meta,
-        }
+        record: dict[str, Any] = {"prompt": self.prompt, "completion": self.completion, "expert": self.expert}
+        if self.meta:
+            record["meta"] = self.meta
         for name in ("id", "source", "label"):
             if getattr(self, name) is not None:
                 record[name] = getattr(self, name)
@@ -107,6 +116,7 @@ class Sample:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Sample":
         """A sample of a JSON object in any of the forms of this module. Raises SampleError."""
+        _check_keys(record)
         values = {key: record[key] for key in ("prompt", "completion") if record.get(key) is not None}
         if record.get("messages") is not None:
             if values:
@@ -120,15 +130,22 @@ class Sample:
             if record.get(key) is not None:
                 values[key] = record[key]
         if "completion_ids" not in values and len(values.keys() & {"prompt", "completion"}) < 2:
-            refuse(f"no {'completion' if 'prompt' in values else 'prompt'}", _FORMS)
+            missing = "completion" if "prompt" in values else "prompt"
+            near = next((f", only {shown(key)}" for key in record if _resembled(key, (missing,))), "")
+            refuse(f"no {missing}{near}", _FORMS)
         if type(values.get("id")) is int:
             values["id"] = str(values["id"])
-        meta = {key: value for key, value in record.items() if key not in _KEYS}
+        other = {key: value for key, value in record.items() if key not in _KEYS}
         if record.get("label") is False:
             values["label"] = False
         elif "label" in record:
-            meta["label"] = record["label"]
-        return cls(**values, meta=meta)
+            other["label"] = record["label"]
+        meta = {} if record.get("meta") is None else record["meta"]
+        if not isinstance(meta, dict):
+            refuse(f"meta is {_kind(meta)}", "give an object")
+        if twice := meta.keys() & other.keys():
+            refuse(f"the key {shown(min(twice))} is there and in meta too", "leave one of them out")
+        return cls(**values, meta={**other, **meta})
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,23 @@ def read_samples(path: str | PathLike[str]) -> Iterator[tuple[int, Sample | Refu
                 yield number, Refused(_line_id(line, counts), str(error))
                 continue
             yield number, sample if sample.id is not None else replace(sample, id=_line_id(line, counts))
+
+
+def _check_keys(record: Mapping[str, Any]) -> None:
+    for key in record:
+        if key not in _KEYS and (meant := _resembled(key, _OPTIONAL)):
+            refuse(f"the key {shown(key)} is not known, the nearest is \"{meant}\"",
+                   f'write that, or put it into "meta"; known are {", ".join(_KEYS)}')
+
+
+@functools.lru_cache(maxsize=1024)
+def _resembled(key: str, known: tuple[str, ...]) -> str | None:
+    """Which of the known keys another one is taken for a misspelling of."""
+    plain = "".join(filter(str.isalnum, key.casefold()))
+    best = max(known, key=lambda name: SequenceMatcher(None, plain, name).ratio())
+    # lable, labels, expret and sorce are; task, score, source_id and idx are not
+    alike = SequenceMatcher(None, plain, best).ratio() >= 0.75 and abs(len(plain) - len(best)) <= 1
+    return best if plain == best or alike and len(best) > 2 else None
 
 
 def _load_object(line: str | bytes) -> dict[str, Any]:

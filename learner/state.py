@@ -11,20 +11,24 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
-from ogpstream.learner.sites import Attachment
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.seen import SeenIds
+
+if TYPE_CHECKING:
+    # `status` reads a state without a model, and these two take seconds to import
+    from transformers import PreTrainedModel
+
+    from ogpstream.learner.sites import Attachment
 
 FORMAT = 2
 # ids a ring slot holds, prompt and completion together
@@ -40,7 +44,7 @@ class Counters:
     Attributes:
         acknowledged: records of samples taken in, of every fate.
         learned: new samples that an update was made for.
-        rejected: refused by a guard, or unusable.
+        rejected: refused by a guard, or unusable lines of a stream; each is counted once, however often it comes.
         quarantined: kept for review, not trained on.
         updates: of all kinds, those included whose samples were all settled; they number the draws from the ring.
         gradients: gradient evaluations, one for each sample in each update.
@@ -68,7 +72,9 @@ class Position:
 class LearnerState:
     """The parts of a learner that change.
 
-    `waiting` holds the latest samples until their first rehearsal, whatever the ring keeps of them.
+    `waiting` holds the latest samples until their first rehearsal, whatever the ring keeps of them. `seen` holds the
+    ids of samples that are done with, `refused` those of unusable lines and the digests of samples that a guard
+    refused: they are not counted again, and once they are mended they are learned.
     """
 
     store: AdapterStore
@@ -76,6 +82,7 @@ class LearnerState:
     ring: ReplayRing
     waiting: ReplayRing
     seen: SeenIds
+    refused: SeenIds
     counters: Counters
     position: Position
 
@@ -94,6 +101,7 @@ class LearnerState:
                        draw=config.ring_draw, seed=config.seed),
             ReplayRing(WAITING, SLOT_TOKENS, vocab_size=vocabulary),
             SeenIds(),
+            SeenIds(),
             Counters(),
             Position(),
         )
@@ -107,7 +115,8 @@ class LearnerState:
         for name, part in self._parts().items():
             own, meta[name] = part.state_dict()
             tensors.update({f"{name}.{key}": tensor for key, tensor in own.items()})
-        tensors.update({f"seen.{key}": tensor for key, tensor in self.seen.state_dict().items()})
+        for name, ids in self._windows().items():
+            tensors.update({f"{name}.{key}": tensor for key, tensor in ids.state_dict().items()})
         return tensors, meta
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -122,7 +131,8 @@ class LearnerState:
         try:
             for name, part in self._parts().items():
                 part.load_state_dict(_under(name, tensors), meta[name])
-            self.seen.load_state_dict(_under("seen", tensors))
+            for name, ids in self._windows().items():
+                ids.load_state_dict(_under(name, tensors))
             self.counters = Counters(**meta["counters"])
             self.position = Position(**meta["position"])
         except (KeyError, TypeError, ValueError) as error:
@@ -130,6 +140,9 @@ class LearnerState:
 
     def _parts(self) -> dict[str, AdapterStore | Protection | ReplayRing]:
         return {"experts": self.store, "bases": self.protection, "ring": self.ring, "waiting": self.waiting}
+
+    def _windows(self) -> dict[str, SeenIds]:
+        return {"seen": self.seen, "refused": self.refused}
 
     def unrehearsed(self) -> list[Slot]:
         """Samples at hand that had no update after their first one, oldest first."""

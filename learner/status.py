@@ -50,6 +50,7 @@ def _look(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
             raise StateError(f"{path} has a state of format {meta.get('format')}, this version reads {FORMAT}: "
                              "use the version that wrote it")
         position, counters = meta["position"], meta["counters"]
+        aside = {"versions": folder.versions(), **folder.sizes()}
         pending = waiting = 0
         for record in folder.records(position["seq"]):
             # the first one may be half done: its sample is counted already
@@ -71,6 +72,7 @@ def _look(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
         "experts": [expert["name"] for expert in meta["experts"]["experts"]],
         # the most that cuts may have moved x W of one linear, per |x|
         "held_discarded": max(max(expert["discarded"]) for expert in meta["experts"]["experts"]),
+        **aside,
         "state_sha256": canonical_hash(snapshot.tensors, {k: v for k, v in meta.items() if k not in ASIDE}),
     }
     return status, problems

@@ -133,12 +133,3 @@ def recording(binding: Binding, served: Served | None, sinks: Sequence[GradientS
             yield
     finally:
         binding.sinks = ()
-
-
-@torch.no_grad()
-def sample_loss(walk: LayerWalk, ids: Sequence[int], prompt_length: int) -> float:
-    """Mean cross-entropy of the completion's tokens in nats, by a plain forward."""
-    tokens = torch.tensor([list(ids)], device=walk.model.device)
-    logits = walk.model(input_ids=tokens, use_cache=False).logits[0, prompt_length - 1 : -1]
-    total, _ = dispatch.cross_entropy(logits, tokens[0, prompt_length:])
-    return float(total) / len(logits)

@@ -11,13 +11,12 @@ import os
 import resource
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 from ogpstream.learner.learner import StreamLearner
 from ogpstream.learner.report import SampleReport
-from ogpstream.learner.samples import read_samples
+from ogpstream.learner.samples import Refused, Sample, read_samples
 
 # losses at either end of the stream that `loss_first` and `loss_last` are means of
 ENDS = 50
@@ -35,12 +34,13 @@ class StreamResult:
     Attributes:
         samples: lines that were samples, or refused as none.
         learned: that an update was made for.
-        rejected: unusable lines, and samples that a guard refused.
+        rejected: unusable lines, and samples that a guard refused, now or in an earlier run.
         skipped: whose id was brought before.
         quarantined: kept for review, not trained on.
         cut: samples that lost ids from the left of the prompt to fit.
         update_ms_p50, update_ms_p95: milliseconds of a learned sample, with all that it caused; within 0.5 %.
         loss_first, loss_last: mean of the first and last 50 losses, nats per token, before the update.
+        learned_in_all: samples that the state has learned, earlier runs included, less what a rollback undid.
         rss_peak_mb: peak resident memory of the process, MiB.
         version: of the adapters at the end.
         problems: the first 20 refusals, "FILE:LINE: what; remedy".
@@ -56,6 +56,7 @@ class StreamResult:
     update_ms_p95: float | None = None
     loss_first: float | None = None
     loss_last: float | None = None
+    learned_in_all: int = 0
     rss_peak_mb: float = 0.0
     version: int = 0
     state_sha256: str = ""
@@ -69,8 +70,9 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
                on_progress: Progress | None = None) -> StreamResult:
     """Learn every line of a JSONL file once, rehearse what was not rehearsed yet, and save.
 
-    A line that is no usable sample is logged as a warning and recorded; the rest of the stream goes on. A sample that
-    had to be cut is logged as information.
+    A line that is no usable sample is logged as a warning and counted; the rest of the stream goes on. Once it is
+    mended, running the file again learns it; until then each run tells of it again. A sample that had to be cut is
+    logged as information.
 
     Args:
         group: lines that are acknowledged by one fsync.
@@ -85,28 +87,43 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
         raise ValueError(f"group is {group}: it must be at least 1")
     result, tally = StreamResult(version=learner.version), _Tally()
     tell = on_progress or (lambda _result, _line: None)
-    items = iter(read_samples(path))
-    while batch := list(islice(items, group)):
-        # of equal ids in a group the first one is taken
-        lines = {item.id: number for number, item in reversed(batch)}
+    for batch in _groups(read_samples(path), group):
+        numbers = iter(batch)
 
-        def note(report: SampleReport, lines: dict[str | None, int] = lines) -> None:
-            number = lines[report.id]
+        def note(report: SampleReport, numbers: Iterator[int] = numbers) -> None:
+            number = next(numbers)
             _count(result, tally, report, f"{path}:{number}")
-            tell(result, number)
+            if report.status != "skipped":
+                tell(result, number)
 
-        reports = learner.learn_batch([item for _, item in batch], refuse=True, on_report=note)
-        result.samples += len(batch) - len(reports)
-        result.skipped += len(batch) - len(reports)
-        tell(result, batch[-1][0])
+        learner.learn_batch(batch.values(), refuse=True, on_report=note)
+        tell(result, max(batch))
     tell(result, None)
     learner.consolidate()
     learner.save_state()
     result.update_ms_p50, result.update_ms_p95 = tally.times.quantile(0.5), tally.times.quantile(0.95)
     result.loss_first, result.loss_last = _mean(tally.first), _mean(tally.last)
     result.rss_peak_mb, result.version = _rss_peak_mb(), learner.version
+    result.learned_in_all = learner.state.counters.learned
     result.state_sha256 = learner.state_sha256()
     return result
+
+
+def _groups(items: Iterable[tuple[int, Sample | Refused]], size: int) -> Iterator[dict[int, Sample | Refused]]:
+    """Lines by number, at most `size` together; of lines with equal ids each begins another group.
+
+    What becomes of the second one depends on the first one's fate, and must not depend on where a killed run stopped.
+    """
+    group: dict[int, Sample | Refused] = {}
+    ids: set[str | None] = set()
+    for number, item in items:
+        if len(group) == size or item.id in ids:
+            yield group
+            group, ids = {}, set()
+        group[number] = item
+        ids.add(item.id)
+    if group:
+        yield group
 
 
 class Histogram:
@@ -158,6 +175,8 @@ def _count(result: StreamResult, tally: _Tally, report: SampleReport, where: str
             _log.warning("%s", problem)
             if len(result.problems) < PROBLEMS:
                 result.problems.append(problem)
+        case "skipped":
+            result.skipped += 1
         case "quarantined":
             result.quarantined += 1
             _log.info("%s: kept, not trained on: %s", where, report.reason)

@@ -1,17 +1,22 @@
-"""What the command line shows on stderr: one line a message, and progress where stderr is a terminal."""
+"""What the command line shows: results as text, one line a message, and progress where stderr is a terminal."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import textwrap
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from ogpstream.learner.stream import StreamResult
+if TYPE_CHECKING:
+    from ogpstream.learner.stream import StreamResult
+
+WIDTH = 80
 
 
 def tell(message: str, kind: str = "error") -> None:
@@ -66,6 +71,39 @@ class LearnProgress:
         else:
             self._bar.update(self._task, completed=line,
                              description=f"learned {result.learned}, rejected {result.rejected}")
+
+
+def learn_summary(result: StreamResult, state: Path) -> str:
+    """What one run over a file did."""
+    parts = [f"learned {result.learned} of {result.samples} samples now, {result.learned_in_all} in all"]
+    counts = ((result.skipped, "skipped as known"), (result.rejected, "rejected"),
+              (result.quarantined, "kept, not trained on"), (result.cut, "cut to fit"))
+    parts += [f"{count} {name}" for count, name in counts if count]
+    lines = ["; ".join(parts)]
+    if result.update_ms_p50 is not None:
+        lines.append(f"{result.update_ms_p50:.1f} ms a sample (median; 95 %: {result.update_ms_p95:.1f})")
+    if result.loss_first is not None:
+        lines.append(f"loss before the update {result.loss_first:.3f} at first, {result.loss_last:.3f} at last, "
+                     "nats a token")
+    lines.append(f"{state} serves version {result.version}")
+    return "\n".join(lines)
+
+
+def status_table(fields: Mapping[str, Any]) -> str:
+    """A line a field, 80 columns wide; the names are those of --json."""
+    margin = max(map(len, fields)) + 2
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            text = "yes" if value else "no"
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value))
+        elif isinstance(value, float):
+            text = f"{value:.3g}"
+        else:
+            text = f"{value[:32]}..." if name == "state_sha256" else str(value)
+        lines.append(f"{name:<{margin}}" + f"\n{'':<{margin}}".join(textwrap.wrap(text, WIDTH - margin)))
+    return "\n".join(lines)
 
 
 def _count_lines(path: Path) -> int | None:

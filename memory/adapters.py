@@ -148,12 +148,6 @@ class AdapterStore:
         self._experts[name] = expert
         return expert
 
-    def remove(self, name: str) -> None:
-        """Forget an expert; what is served changes with the next `publish`."""
-        self.expert(name)
-        del self._experts[name]
-        self._active.pop(name, None)
-
     def activate(self, name: str, gate: float = 1.0, *, pinned: Collection[str] = ()) -> tuple[str, ...]:
         """Make an expert the most recently used active one, with this gate, from the next `publish` on.
 
@@ -179,14 +173,6 @@ class AdapterStore:
         """Take an expert out of the active set from the next `publish` on; its masters stay."""
         self.expert(name)
         self._active.pop(name, None)
-
-    def set_gate(self, name: str, gate: float) -> None:
-        """Change the gate of an active expert from the next `publish` on; its place in the order stays."""
-        self.expert(name)
-        self._check_gate(name, gate)
-        if name not in self._active:
-            raise ValueError(f"the expert {name!r} is not active: activate it with this gate")
-        self._active[name] = float(gate)
 
     def publish(self, version: int | None = None) -> Served:
         """Build new packs of the active experts and serve them from this assignment on.

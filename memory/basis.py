@@ -77,11 +77,6 @@ class ProjectionBasis:
         return int(self.live.sum())
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the stored directions."""
-        return self._rows.nbytes
-
-    @property
     def replacements_in_window(self) -> int:
         """Directions that were replaced within the window."""
         return int(self._replacements.sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,6 @@ class Expert:
     steps: int = 0
     started: int = 0
     folded: dict[str, int] = field(default_factory=dict)
-    frozen: bool = False
 
     def a(self, index: int) -> Tensor:
         """A of one site, `[D_in, r]`."""
@@ -62,6 +61,16 @@ class Expert:
     def b(self, index: int) -> Tensor:
         """B of one site, `[r, D_out]`."""
         return self.layout.b(self.factors, index)
+
+    def copy(self) -> Expert:
+        """One that keeps these values whatever becomes of this one; it shares the tensors."""
+        return replace(self, held=list(self.held), discarded=list(self.discarded),
+                       discarded_sq=list(self.discarded_sq), folded=dict(self.folded))
+
+    def restore(self, copy: Expert) -> None:
+        """Take back the values of a copy."""
+        for field_ in fields(self):
+            setattr(self, field_.name, getattr(copy, field_.name))
 
     def delta(self, index: int) -> Tensor:
         """scaling * A B + U V of one site, `[D_in, D_out]`: what the expert adds at gate 1."""
@@ -87,7 +96,6 @@ class Expert:
             "folded": dict(self.folded),
             "discarded": list(self.discarded),
             "discarded_sq": list(self.discarded_sq),
-            "frozen": self.frozen,
         }
         return tensors, entry
 
@@ -139,7 +147,6 @@ class Expert:
             steps=int(entry["steps"]),
             started=int(entry["started"]),
             folded={str(basis): int(version) for basis, version in entry["folded"].items()},
-            frozen=bool(entry["frozen"]),
         )
 
 

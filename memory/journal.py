@@ -72,11 +72,6 @@ class Journal:
         """Sequence number of the last appended record, durable or not; 0 when there is none."""
         return self._last
 
-    @property
-    def durable_seq(self) -> int:
-        """Sequence number of the last record known to be on the disk."""
-        return self._durable
-
     def append(self, record: dict[str, Any]) -> int:
         """Buffer a copy of `record` and return its sequence number; durable once `sync` has returned.
 

@@ -116,11 +116,6 @@ class ReplayRing:
         return f"ReplayRing({len(self)} of {self.capacity} slots of {self.slot_tokens} tokens, {self.seen} seen)"
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the ids and of the per-slot columns."""
-        return self.storage.nbytes + sum(column.nbytes for column in self._columns.values())
-
-    @property
     def slots(self) -> list[int]:
         """The used slots, the oldest sample first."""
         return list(self._order)

@@ -65,8 +65,8 @@ class SnapshotStore:
     """The generations of one folder. The writer must be alone: it holds the journal's lock, which this class
     does not take.
 
-    `keep` newest versions stay, and the pinned ones. `problems` lists, one line each, what the last `load`,
-    `newest_valid` or `save` found damaged; the same lines are logged as warnings. `readonly=True` sweeps
+    `keep` newest versions stay, and the pinned ones. `problems` lists, one line each, what the last `load`
+    or `save` found damaged; the same lines are logged as warnings. `readonly=True` sweeps
     nothing and refuses to write.
     """
 
@@ -169,18 +169,6 @@ class SnapshotStore:
         """Versions that have a snapshot, ascending, whether valid or not."""
         return sorted({g.version for g in self._generations()})
 
-    def newest_valid(self) -> int | None:
-        """Version of the newest snapshot whose checksums hold; None when there is none. Raises
-        SnapshotFormat."""
-        self.problems = []
-        for generation in self._generations():
-            try:
-                self._verify(generation)
-                return generation.version
-            except (SnapshotDamaged, OSError) as error:
-                self._note(error)
-        return None
-
     def pins(self) -> dict[str, int]:
         """Name -> version that is kept for it. Raises SnapshotDamaged when the list of pins cannot be
         read."""
@@ -188,7 +176,7 @@ class SnapshotStore:
         return _unsealed(path, PINS, {"pins"})["pins"] if path.exists() else {}
 
     def pin(self, version: int, name: str) -> None:
-        """Keep `version` under `name` (which lets go of the version it named before) until `unpin`.
+        """Keep `version` under `name` until that names another one.
 
         Raises SnapshotDamaged when `version` has no valid snapshot.
         """
@@ -204,13 +192,6 @@ class SnapshotStore:
             why = "; ".join(faults) or f"there are: {', '.join(map(str, self.versions())) or 'none'}"
             raise SnapshotDamaged(f"{self.folder}: no valid snapshot of version {version} to pin as {name!r}: {why}")
         self._write_pins(self.pins() | {name: version})
-
-    def unpin(self, name: str) -> None:
-        """Let go of `name`; its version goes with the next save. KeyError when there is no such pin."""
-        self._check_writable()
-        pins = self.pins()
-        del pins[name]
-        self._write_pins(pins)
 
     def _generations(self) -> list[_Generation]:
         """Newest first."""

@@ -139,7 +139,7 @@ def bench_kernels(
                                  quick=quick, graphs=graphs)
     except ConfigError as error:
         console.print(f"ogpstream: {error}", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(error.exit_status) from None
     typer.echo("\n".join(table(values["rows"])), err=as_json)
     for line in (*suggestion_text(values["suggestion"], values["capability"]), *wrong):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

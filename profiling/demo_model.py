@@ -27,12 +27,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ogpstream.learner.errors import ConfigError
+from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.evaluate import Trigram, perplexity
 from ogpstream.profiling.muon import Muon
 
@@ -232,13 +232,11 @@ def train_model(
         torch.optim.AdamW(outer, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     batches = _windows(rows, recipe)
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
-        with Progress(*columns, console=console, disable=console is None) as progress:
-            task = progress.add_task("base model", total=recipe.steps)
+        with DemoProgress(console, {"base model": recipe.steps}) as progress:
             for step in range(recipe.steps):
                 for group, lr in groups:
                     group["lr"] = lr * _schedule(step, recipe)
@@ -253,7 +251,7 @@ def train_model(
                     with torch.autocast("cpu", torch.bfloat16, enabled=has_amx()):
                         optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                progress.update(task, advance=1, description=f"base model, loss {loss.item():.2f}")
+                progress.show("base model", step + 1, f"loss {loss.item():.2f}")
     finally:
         torch.set_num_threads(before)
     return model.eval()

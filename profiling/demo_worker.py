@@ -94,7 +94,7 @@ def work(job: Job) -> None:
     drift = meter.drift()
     retention = probe.measure() if scored else None
     if job.adapter is not None:
-        learner.export_peft(job.adapter)
+        learner.export_peft(job.adapter, replace=True)
     _write(job.result, {
         "tasks": [task.name for task in tasks], "before": before, "rows": run.rows, "points": run.points,
         "updates": run.learned, "update_ms_p50": run.update_ms_p50, "grad_evals": learner.state.counters.gradients,

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ogpstream.learner.retention import text_losses
 
 
 @contextmanager
@@ -160,37 +161,21 @@ class AccuracyMatrix:
         return float((a[-1] - a.diagonal())[:-1].mean()) if len(a) > 1 else 0.0
 
 
-def text_losses(model: Any, rows: Sequence[Sequence[int]], *, batch: int = 16) -> list[tuple[float, int]]:
-    """Of each row of token ids, the mean loss in nats of its tokens after the first, and their count.
+def perplexity(model: Any, rows: Sequence[Sequence[int]]) -> float:
+    """exp of the mean loss per token over all rows of token ids; the first token of a row is given.
 
     Rows are cut on the right to the model's positions; a row needs two tokens at least.
     """
     limit = max_positions(model)
     rows = [list(row[:limit]) for row in rows]
+    if not rows:
+        raise ValueError("no rows of token ids: a perplexity needs at least one")
     if short := [i for i, row in enumerate(rows) if len(row) < 2]:
         raise ValueError(f"row {short[0]} has {len(rows[short[0]])} tokens: a loss needs at least 2")
-    losses = [(0.0, 0)] * len(rows)
-    # rows of about equal length share a forward; a padded token costs as much as a real one
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    with _inference(model) as device:
-        for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            ids = _padded([rows[i] for i in part], device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nats = F.cross_entropy(wide.mT, ids[:, 1:], reduction="none")
-            for i, row in zip(part, nats.double(), strict=True):
-                count = len(rows[i]) - 1
-                losses[i] = (float(row[:count].mean()), count)
-    return losses
-
-
-def perplexity(model: Any, rows: Sequence[Sequence[int]], *, batch: int = 16) -> float:
-    """exp of the mean loss per token over all rows of token ids; the first token of a row is given."""
-    losses = text_losses(model, rows, batch=batch)
-    if not losses:
-        raise ValueError("no rows of token ids: a perplexity needs at least one")
-    return math.exp(sum(loss * count for loss, count in losses) / sum(count for _, count in losses))
+    tokens = torch.tensor([len(row) - 1 for row in rows], dtype=torch.float64)
+    with _inference(model):
+        losses = text_losses(model, rows)
+    return math.exp(float((losses * tokens).sum() / tokens.sum()))
 
 
 class Trigram:

@@ -105,7 +105,8 @@ def run_stream(
 
 def _learn(learner: StreamLearner, sample: Sample, method: Method, equal: LearnerConfig) -> bool:
     """False where a run that was killed had learned the sample already."""
-    new = bool(learner.learn_batch([sample]))
+    (report,) = learner.learn_batch([sample])
+    new = report.status != "skipped"
     if new and method == "sequential":
         for _ in range(equal.rehearsals):
             learner.learn_one(replace(sample, id=None))

@@ -1,21 +1,25 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from ogpstream.learner import StreamLearner, cli
+from ogpstream import learner as learner_package
+from ogpstream.learner import StreamLearner, cli, terminal
 from ogpstream.learner.folder import StateFolder
 
 SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snapshot_every=4"]
 # names that scripts depend on
 LEARN_FIELDS = {"samples", "learned", "rejected", "skipped", "quarantined", "update_ms_p50", "update_ms_p95",
-                "loss_first", "loss_last", "rss_peak_mb", "version", "state_sha256"}
+                "loss_first", "loss_last", "rss_peak_mb", "version", "state_sha256", "learned_in_all"}
 STATUS_FIELDS = {"healthy", "acknowledged", "learned", "rejected", "quarantined", "pending", "version", "updates",
-                 "basis_columns", "ring_samples", "experts", "held_discarded", "state_sha256"}
+                 "basis_columns", "ring_samples", "experts", "held_discarded", "state_sha256",
+                 "versions", "quarantine_bytes", "imports_bytes"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,9 +27,7 @@ def no_plugins():
     """What is installed beside this package may add commands, and take its time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "entry_points", lambda group: [])
-        cli._add_plugins.cache_clear()
         yield
-    cli._add_plugins.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +85,10 @@ def test_learn_answers_in_one_json_line_and_status_tells_the_same_state(place, r
     again = learn(tmp_path, model=place / "model", samples=place / "s.jsonl", settings=[])
     code, out, err = run(*again, "--json")
     told_again = json.loads(out[-1])
-    assert (code, told_again["skipped"], told_again["learned"]) == (0, 6, 0)
+    assert [told_again[name] for name in ("skipped", "learned", "learned_in_all")] == [6, 0, 6] and code == 0
     assert told_again["state_sha256"] == told["state_sha256"]
     code, out, err = run(*again)
-    assert (code, err) == (0, []) and out[0] == "learned 0 of 6 samples, 6 skipped as known"
+    assert (code, err) == (0, []) and out[0] == "learned 0 of 6 samples now, 6 in all; 6 skipped as known"
 
 
 def test_status_equals_the_loaded_learners(place, run, tiny_tokenizer):
@@ -96,7 +98,19 @@ def test_status_equals_the_loaded_learners(place, run, tiny_tokenizer):
     assert json.loads(out[0]) == learner.status()
     learner.close()
     code, out, _ = run("status", "--state", place / "state")
-    assert code == 0 and out[0].split() == ["healthy", "True"]
+    assert code == 0 and out[0].split() == ["healthy", "yes"]
+    fields = json.loads(run("status", "--state", place / "state", "--json")[1][0])
+    assert [line.split()[0] for line in out] == list(fields) and all(len(line) <= 80 for line in out)
+    assert out[-1].split()[1] == fields["state_sha256"][:32] + "..."
+    assert fields["versions"] == StateFolder(place / "state", readonly=True).versions() and len(fields["versions"]) > 1
+
+
+def test_the_table_of_a_status_keeps_its_columns():
+    fields = {"healthy": False, "held_discarded": 0.12345678, "experts": [f"expert{n}" for n in range(20)], "empty": []}
+    lines = terminal.status_table(fields).splitlines()
+    assert lines[0] == "healthy         no" and lines[1] == "held_discarded  0.123"
+    assert lines[2].startswith("experts         expert0, expert1") and lines[3].startswith(16 * " " + "expert")
+    assert max(map(len, lines)) <= 80
 
 
 def test_status_needs_no_lock_and_counts_what_is_pending(copy, run):
@@ -116,21 +130,56 @@ def test_rejected_lines_are_told_and_only_strict_fails(place, run, tmp_path):
     code, out, err = run(*learn(tmp_path, **options))
     assert code == 0
     assert [line.split(": ")[0] for line in err] == [f"{tmp_path}/bad.jsonl:1", f"{tmp_path}/bad.jsonl:3"]
-    assert out[0] == "learned 1 of 3 samples, 2 rejected"
-    code, out, err = run(*learn(tmp_path, "--strict", "--json", state="strict", **options))
-    assert code == 1 and len(err) == 2 and len(json.loads(out[0])["problems"]) == 2
+    assert out[0] == "learned 1 of 3 samples now, 1 in all; 2 rejected"
+    # on every run, until they are mended
+    for _ in range(2):
+        code, out, err = run(*learn(tmp_path, "--strict", "--json", state="strict", **options))
+        assert code == 1 and len(err) == 2 and len(json.loads(out[0])["problems"]) == 2
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "completion": "z"}\n{"prompt": "x", "completion": "y"}\n')
+    code, out, err = run(*learn(tmp_path, "--strict", state="strict", **options))
+    assert (code, err) == (0, []) and out[0] == "learned 1 of 2 samples now, 2 in all; 1 skipped as known"
+
+
+def test_experts_that_lines_name_are_made_once(place, run, tmp_path):
+    lines = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "expert": "law"}]
+    (tmp_path / "law.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = dict(model=place / "model", samples=tmp_path / "law.jsonl")
+    code, _, err = run(*learn(tmp_path, "--strict", **options))
+    assert code == 1 and "law.jsonl:2: unknown expert 'law'" in err[0] and "--add-expert" in err[0]
+    for number in range(2):
+        more = ("--add-expert", "law:3", "--add-expert", "tax", "--strict")
+        code, out, err = run(*learn(tmp_path, *more, **options))
+        assert (code, err) == (0, []) and out[0].startswith(f"learned {1 - number} of 2 samples now, 2 in all")
+    status = json.loads(run("status", "--state", tmp_path / "state", "--json")[1][0])
+    assert (status["experts"], status["learned"]) == (["default", "law", "tax"], 2)
+    entries = StateFolder(tmp_path / "state", readonly=True).load().meta["experts"]["experts"]
+    assert [(entry["rank"], entry["steps"] > 0) for entry in entries] == [(8, True), (3, True), (8, False)]
+    one_line(*run(*learn(tmp_path, "--add-expert", "law:4", **options)), "law has rank 3, not 4", exit_status=2)
+    for word in ("a.b", "law:", "law:0", "law:x", "", "a b"):
+        one_line(*run(*learn(tmp_path, "--add-expert", word, state="new", **options)), "NAME:RANK", exit_status=2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_cut_sample_is_told(place, run, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "completion": "y"}) + "\n")
     code, out, err = run(*learn(tmp_path, "--verbose", model=place / "model", samples=tmp_path / "long.jsonl"))
-    assert code == 0 and out[0] == "learned 1 of 1 samples, 1 cut to fit"
+    assert code == 0 and out[0] == "learned 1 of 1 samples now, 1 in all; 1 cut to fit"
     assert err == [f"{tmp_path}/long.jsonl:1: too long: 174 ids were cut from the left of the prompt"]
 
 
 def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_path):
     code, out, err = run("export", "--state", copy, "--out", tmp_path / "adapter", "--json")
     assert (code, err) == (0, []) and json.loads(out[0])["expert"] == "default"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
+    version = json.loads(out[0])["version"]
+    for fact in (place / "model", f"version {version}, after 6 samples", f"rank {rank}:", "k_proj, o_proj, q_proj"):
+        assert str(fact) in card
+    written = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    one_line(*run("export", "--state", copy, "--out", tmp_path / "adapter"), "not empty", "--force", exit_status=2)
+    assert run("export", "--state", copy, "--out", tmp_path / "adapter", "--force")[0] == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == written
+    one_line(*run("export", "--state", copy, "--out", copy, "--force"), "is no PEFT adapter", "another folder")
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     ids = torch.arange(5, 25)[None]
     tuned = PeftModel.from_pretrained(model, tmp_path / "adapter")
@@ -166,25 +215,40 @@ def one_line(code, out, err, *words, exit_status=1):
 def test_errors_are_one_line_with_a_remedy(place, copy, run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     good = dict(model=place / "model", samples=place / "s.jsonl")
-    one_line(*run(*learn(tmp_path, **good | {"model": tmp_path / "none"})), tmp_path / "none", "give a folder")
-    one_line(*run(*learn(tmp_path, **good | {"model": tmp_path})), "config.json", "give a folder")
-    no_id = ["no-such-org/no-such-model" if w == str(place / "model") else w for w in learn(tmp_path, **good)]
-    one_line(*run(*no_id), "cannot load the model no-such-org/no-such-model", "give a folder")
-    one_line(*run(*learn(tmp_path, "--device", "cuda:99", **good)), "cuda:99", "--device cpu")
-    below_a_file = learn(tmp_path, state=place / "s.jsonl" / "x", **good)
-    one_line(*run(*below_a_file), "s.jsonl/x cannot be used", "choose a folder")
-    one_line(*run(*learn(tmp_path, **good | {"model": place / "other"})), "another base model", place / "model")
+
+    def wrong(command, *words):
+        """What was asked for is wrong."""
+        one_line(*run(*command), *words, exit_status=2)
+
+    def failed(command, *words):
+        """It was right, and did not work."""
+        one_line(*run(*command), *words)
+
+    for state in ("new", "state"):
+        wrong(learn(tmp_path, state=state, **good | {"model": tmp_path / "none"}), tmp_path / "none", "give a folder")
+        wrong(learn(tmp_path, state=state, **good | {"model": tmp_path}), "config.json", "give a folder")
+        no_id = ["no-such-org/no-such-model" if w == str(place / "model") else w
+                 for w in learn(tmp_path, state=state, **good)]
+        failed(no_id, "cannot load the model no-such-org/no-such-model", "give a folder")
+        wrong(learn(tmp_path, "--device", "cuda:99", state=state, **good), "cuda:99", "--device cpu")
+        wrong(learn(tmp_path, "--device", "abacus", state=state, **good), "abacus", "--device cpu")
+        wrong(learn(tmp_path, "--set", "lr=fast", state=state, **good), "lr is 'fast'", "float")
+        wrong(learn(tmp_path, "--set", "rate=1", state=state, **good), "unknown setting rate")
+        wrong(learn(tmp_path, "--set", "lr", state=state, **good), "NAME=VALUE")
+    shutil.copytree(place / "model", tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"x" * 99)
+    failed(learn(tmp_path, state="new", **good | {"model": tmp_path / "broken"}), "cannot load the model")
+    failed(learn(tmp_path, state=place / "s.jsonl" / "x", **good), "s.jsonl/x cannot be used", "choose a folder")
+    failed(learn(tmp_path, **good | {"model": place / "other"}), "another base model", place / "model")
     other_setting = learn(tmp_path, "--set", "warm_tokens=5", **good)
-    one_line(*run(*other_setting), "made with warm_tokens = 4, not 5", "choose another --state")
-    one_line(*run(*learn(tmp_path, "--dtype", "bfloat16", **good)), "made in float32", "leave --dtype out")
-    one_line(*run(*learn(tmp_path, "--set", "lr=fast", state="new", **good)), "lr is 'fast'", "float")
-    one_line(*run(*learn(tmp_path, "--set", "rate=1", state="new", **good)), "unknown setting rate")
-    one_line(*run("rollback", "--to", "77", "--state", copy), "no version 77", "there are")
-    one_line(*run("export", "--state", copy, "--out", tmp_path / "a", "--expert", "who"), "no expert 'who'", "default")
-    one_line(*run("status", "--state", tmp_path / "none"), "no learner state", "learn --state")
+    wrong(other_setting, "made with warm_tokens = 4, not 5", "choose another --state")
+    wrong(learn(tmp_path, "--dtype", "bfloat16", **good), "made in float32", "leave --dtype out")
+    wrong(["rollback", "--to", "77", "--state", copy], "no version 77", "there are")
+    wrong(["export", "--state", copy, "--out", tmp_path / "a", "--expert", "who"], "no expert 'who'", "default")
+    wrong(["status", "--state", tmp_path / "none"], "no learner state", "learn --state")
     for command in (["rollback", "--to", "1"], ["export", "--out", tmp_path / "a"]):
-        one_line(*run(*command, "--state", tmp_path / "none"), "no learner state", "learn --state")
-    assert not (tmp_path / "none").exists() and not (tmp_path / "new").exists()
+        wrong([*command, "--state", tmp_path / "none"], "no learner state", "learn --state")
+    assert not {"none", "new", "a"} & {path.name for path in tmp_path.iterdir()}
     lock = StateFolder(copy)
     one_line(*run(*learn(tmp_path, **good)), "in use", "stop it first")
     lock.close()
@@ -205,12 +269,17 @@ def test_settings_and_calibration_come_from_files(place, run, tmp_path):
 
     new = dict(state="new", **good)
     (tmp_path / "bad.json").write_text("[1]")
-    one_line(*run(*learn(tmp_path, "--config", str(tmp_path / "bad.json"), **new)), "bad.json", "one object")
+
+    def wrong(*words):
+        one_line(*run(*learn(tmp_path, *words[:-1], **new)), words[-1], exit_status=2)
+
+    bad = ("--config", str(tmp_path / "bad.json"))
+    wrong(*bad, "one object")
     (tmp_path / "bad.json").write_text("{")
-    one_line(*run(*learn(tmp_path, "--config", str(tmp_path / "bad.json"), **new)), "bad.json is not JSON")
+    wrong(*bad, "bad.json is not JSON")
     (tmp_path / "texts.txt").write_text("\n")
-    one_line(*run(*learn(tmp_path, *files, **new)), "texts.txt holds no text")
-    one_line(*run(*learn(tmp_path, *files, "--set", "warm_start=false", **new)), "warm_start", "drop the texts")
+    wrong(*files, "texts.txt holds no text")
+    wrong(*files, "--set", "warm_start=false", "drop the texts")
 
 
 def test_wrong_use_exits_with_2_in_one_line(place, run):
@@ -241,7 +310,7 @@ def test_a_damaged_folder_is_unhealthy(copy, run):
     (copy / "snapshots").mkdir()
     code, out, err = run("status", "--state", copy, "--json")
     assert code == 1 and json.loads(out[0])["healthy"] is False and len(err) == 1
-    assert "damaged" in run("rollback", "--state", copy, "--to", "1")[2][0]
+    one_line(*run("rollback", "--state", copy, "--to", "1"), "damaged", "from a copy")
 
 
 def test_an_interrupt_is_one_line_and_the_next_run_goes_on(place, run, tmp_path, monkeypatch):
@@ -280,8 +349,42 @@ def test_plugins_add_commands_and_broken_ones_are_told(run, monkeypatch):
     points = [Point("good", lambda: register), Point("bad", broken)]
     monkeypatch.setattr(cli, "entry_points", lambda group: points if group == "ogpstream.commands" else [])
     monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
-    cli._add_plugins.cache_clear()
     code, out, err = run("greet", "you")
-    cli._add_plugins.cache_clear()
     assert (code, out) == (3, ["hello you"])
     assert len(err) == 1 and "bad" in err[0] and "no such module" in err[0]
+    # what needs none of them does not wait for them
+    monkeypatch.setattr(cli, "entry_points", lambda group: pytest.fail("looked for plugins"))
+    assert run("status", "--help")[0] == 0
+
+
+MODULES = """
+import sys
+from ogpstream.learner import cli
+from ogpstream.profiling import bench, demo
+cli.entry_points = lambda group: []
+for plugin in (bench, demo):
+    plugin.register(cli.app)
+cli.main({words!r})
+print(*sorted(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("command", ["help", "status"])
+def test_what_needs_no_model_imports_no_library_of_models(place, command):
+    words = ["--help"] if command == "help" else ["status", "--state", str(place / "state")]
+    program = [sys.executable, "-c", MODULES.format(words=words)]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "typer" in loaded and not loaded & {"transformers", "peft", "triton"}
+    assert command == "status" or "torch" not in loaded
+    if command == "help":
+        assert all(name in done.stdout for name in ("learn", "status", "rollback", "export", "demo", "bench"))
+        # the exit status is told where a user looks for it
+        assert "0 fine; 1 the work failed" in " ".join(done.stdout.split())
+
+
+def test_every_name_of_the_package_is_there():
+    for name in learner_package.__all__:
+        assert getattr(learner_package, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = learner_package.Nothing

@@ -21,6 +21,7 @@ from ogpstream.learner.folder import MemoryFolder
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.step import Reading
+from ogpstream.learner.trial import activating
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
@@ -99,14 +100,14 @@ class Bench:
         self.store = AdapterStore(self.sites, max_active=2)
         self.protection = Protection(self.sites, self.config)
         self.state = LearnerState(self.store, self.protection, ReplayRing(4, 8, vocab_size=101),
-                                  ReplayRing(4, 8, vocab_size=101), SeenIds(), Counters(), Position())
+                                  ReplayRing(4, 8, vocab_size=101), SeenIds(), SeenIds(), Counters(), Position())
         attachment: Any = SimpleNamespace(model=self.model, binding=Binding())
         self.updater = Updater(attachment, self.store, self.protection, self.config)
         self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {}, lambda records: None)
 
     def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
-        self.applier._make_active(name)
-        work = self.updater.run(name, [Lesson((seed, list(LOSSES).index(kind)), 1, again=True)])
+        lesson = Lesson((seed, list(LOSSES).index(kind)), 1, again=True)
+        work = activating(self.updater, name, self.updater.run(name, [lesson]))
         while True:
             try:
                 next(work)

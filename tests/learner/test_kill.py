@@ -5,11 +5,14 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from ogpstream.learner import cli
+from ogpstream.learner import cli, stream
 from ogpstream.learner.apply import Applier
+from ogpstream.learner.samples import Sample
 from ogpstream.learner.status import read_status
 from ogpstream.learner.stream import learn_file
 from ogpstream.learner.update import Updater
@@ -18,6 +21,7 @@ LINES = 22
 # a snapshot in the middle of records and of the final rehearsal; two acknowledged groups before the second one
 SETTINGS = ["warm_samples=2", "warm_tokens=4", "snapshot_every=5", "ring_samples=16", "rehearsals=1",
             "learned_below=4.0", "learned_share=0.0", "restart_after=3"]
+MARK = "#"
 # what a kill can fall into; each call is an event
 EVENTS = ((os, "fsync"), (os, "replace"), (os, "write"), (os, "unlink"), (Updater, "publish"), (Applier, "_commit"))
 
@@ -31,10 +35,24 @@ def job(tiny_model, tiny_tokenizer, tmp_path_factory):
     lines = [json.dumps({"prompt": f"say {n % 9}", "completion": f" {n % 9} then"}) for n in range(LINES)]
     lines[4] = "no sample"
     lines[9] = json.dumps({"prompt": "a", "completion": "b", "label": False})
+    # refused by a guard, and mended in the next line
+    lines[7] = json.dumps({"prompt": "a", "completion": MARK, "id": "g"})
+    lines[8] = json.dumps({"prompt": "a", "completion": "b", "id": "g"})
     lines[13] = json.dumps({"prompt": "a", "completion": "b", "expert": "nobody"})
     (folder / "s.jsonl").write_text("\n".join(lines) + "\n")
     arguments = ["learn", "--model", str(folder / "model"), "--samples", str(folder / "s.jsonl"), "--json"]
     return arguments + [word for setting in SETTINGS for word in ("--set", setting)]
+
+
+def guard(real):
+    """Applier._limited with a guard that refuses completions of MARK."""
+
+    def limited(self, lesson, record, update):
+        found = real(self, lesson, record, update)
+        bad = record.get("id") == "g" and record["digest"] == Sample("a", MARK, id="g").digest
+        return replace(found, refusal="of the mark") if bad and not lesson.again else found
+
+    return limited
 
 
 def in_child(work):
@@ -72,8 +90,9 @@ def learn(job, state, *, kill_at=None, count_in=None, events=EVENTS, group=6):
 
         for holder, name in events:
             setattr(holder, name, watched(getattr(holder, name), name))
+        Applier._limited = guard(Applier._limited)
         # small groups: some are acknowledged, one is half applied, some are still in the file
-        cli.learn_file = functools.partial(learn_file, group=group)
+        stream.learn_file = functools.partial(learn_file, group=group)
         code = cli.main([*job, "--state", str(state)])
         if count_in is not None:
             count_in.write_text(str(seen))
@@ -89,7 +108,7 @@ def whole(job, tmp_path_factory):
     assert learn(job, folder / "state", count_in=folder / "events") == 0
     status, problems = read_status(folder / "state")
     assert not problems and status["pending"] == 0
-    assert (status["learned"], status["rejected"], status["quarantined"]) == (LINES - 3, 2, 1)
+    assert (status["learned"], status["rejected"], status["quarantined"]) == (LINES - 4, 3, 1)
     # every kind of step is in it: rehearsal with a new sample and at the end, directions that joined P
     assert status["updates"] > status["learned"] and status["ring_samples"] == 16
     return status, int((folder / "events").read_text())
@@ -108,11 +127,18 @@ def test_a_killed_run_ends_as_the_one_that_was_not(job, whole, tmp_path, share):
     assert not problems
     assert status == expected
     kept = [json.loads(line)["seq"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert len(kept) == len(set(kept)) == expected["quarantined"]
+    # the one that a guard refused is kept there too
+    assert len(kept) == len(set(kept)) == expected["quarantined"] + 1
 
 
-def test_what_is_acknowledged_is_learned_by_the_next_start_whatever_it_is_asked_to_learn(job, whole, tmp_path):
-    expected, _ = whole
+def test_what_is_acknowledged_is_learned_by_the_next_start_whatever_it_is_asked_to_learn(job, tmp_path):
+    (samples,) = (word for word in job if word.endswith("s.jsonl"))
+    # without the second line of an id, before which a group ends
+    once = tmp_path / "once.jsonl"
+    once.write_text(Path(samples).read_text().replace(', "id": "g"', "", 1))
+    job = [str(once) if word == samples else word for word in job]
+    assert learn(job, tmp_path / "whole", group=64) == 0
+    expected, _ = read_status(tmp_path / "whole")
     state = tmp_path / "state"
     # the first publish is the empty expert's, the second one the first update's: all lines are on the disk by then
     assert learn(job, state, kill_at=2, events=[(Updater, "publish")], group=64) == -signal.SIGKILL
@@ -120,6 +146,6 @@ def test_what_is_acknowledged_is_learned_by_the_next_start_whatever_it_is_asked_
     assert (status["pending"], status["acknowledged"], status["learned"]) == (LINES, LINES, 0)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    assert learn([str(empty) if word.endswith("s.jsonl") else word for word in job], state) == 0
+    assert learn([str(empty) if word == str(once) else word for word in job], state) == 0
     status, _ = read_status(state)
     assert status == expected

@@ -13,7 +13,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, SampleError, StateError, StreamLearner, update
+from ogpstream.learner import LearnerConfig, Sample, SampleError, SampleReport, StateError, StreamLearner, update
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.samples import Refused
@@ -307,6 +307,54 @@ def test_the_least_recently_used_expert_leaves_and_catches_up_when_it_returns(ma
         assert torch.allclose(expert.delta(index), was, rtol=0, atol=1e-6) == (returns == "activate")
 
 
+@pytest.mark.parametrize("ends", ["aborted", "refused"])
+def test_only_a_committed_update_activates_an_expert(
+    make: MakeLearner, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    # a held part that every fold cuts
+    learner = make(max_active=2, held_rank=1, learned_below=100.0)
+    for name in ("second", "third"):
+        learner.add_expert(name)
+    store = learner.state.store
+    for number, name in enumerate(("default", "second", "third", "default", "third")):
+        learner.learn_one(_sample(number, name))
+        learner.consolidate()
+    assert "second" not in store.active and store.expert("second").folded != store.expert("third").folded
+    before, active, served, logits = learner.state_sha256(), store.active, store.served, _logits(learner.model)
+    masters = _masters(learner, "second")
+    if ends == "aborted":
+        work = learner.step(_sample(9, "second"))
+        for _ in range(4):
+            next(work)
+            # other threads are served what was committed
+            assert torch.equal(_logits(learner.model), logits) and learner.version == served.version
+            assert learner.state_sha256() == before
+        work.close()
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(learner._updater, "_vocabulary", 1.0001)
+            assert learner.learn_one(_sample(9, "second")).status == "rejected"
+    assert (store.active, tuple(store.active), store.served) == (active, tuple(active), served)
+    assert torch.equal(_logits(learner.model), logits)
+    assert all(map(torch.equal, _masters(learner, "second"), masters))
+    report = learner.drain() if ends == "aborted" else learner.learn_one(_sample(9, "second"))
+    assert isinstance(report, SampleReport)
+    assert (report.status, report.version, tuple(store.active)[-1]) == ("learned", served.version + 1, "second")
+
+
+def test_a_step_that_was_left_open_takes_nothing_back(make: MakeLearner) -> None:
+    learner = make()
+    learner.add_expert("other")
+    work = learner.step(_sample(0, "other"))
+    next(work)
+    # applied by another call meanwhile
+    learner.learn_one(_sample(1))
+    learned = learner.state_sha256()
+    assert learner.state.store.expert("other").steps == 1
+    work.close()
+    assert learner.state_sha256() == learned
+
+
 def test_gates_scale_what_is_served(make: MakeLearner) -> None:
     learner = make()
     learner.add_expert("other")
@@ -359,7 +407,8 @@ def test_samples_that_cannot_be_learned_from_leave_the_state_alone(make: MakeLea
         with pytest.raises(SampleError, match=message):
             learner.learn_batch([_sample(2), sample])
     assert learner.learn_one(_sample(3, id="a")).status == "skipped"
-    assert learner.learn_batch([_sample(3, id="a")]) == []
+    (report,) = learner.learn_batch([_sample(3, id="a")])
+    assert report.status == "skipped"
     assert (learner.pending, learner.state_sha256()) == (0, before)
 
 
@@ -368,12 +417,42 @@ def test_a_stream_goes_on_after_what_is_refused(make: MakeLearner) -> None:
     stream = [_sample(0, id="a"), Refused("b", "line 2 is no JSON"), _sample(1, "nobody", id="c"),
               _sample(2, id="a"), _sample(3, id="d", label=False), _sample(4, id="e")]
     reports = learner.learn_batch(stream, refuse=True)
-    assert {report.id: report.status for report in reports} == {
-        "a": "learned", "b": "rejected", "c": "rejected", "d": "quarantined", "e": "learned"
-    }
+    assert [(report.id, report.status) for report in reports] == [
+        ("a", "learned"), ("b", "rejected"), ("c", "rejected"), ("a", "skipped"), ("d", "quarantined"), ("e", "learned")
+    ]
     status = learner.status()
     assert [status[key] for key in ("acknowledged", "learned", "rejected", "quarantined", "pending")] == [5, 2, 2, 1, 0]
-    assert learner.learn_batch(stream, refuse=True) == []
+    # what is still bad is told again, and not counted again
+    before = learner.state_sha256()
+    again = learner.learn_batch(stream, refuse=True)
+    assert [report.status for report in again] == ["skipped", "rejected", "rejected", "skipped", "skipped", "skipped"]
+    assert [report.reason for report in again] == [
+        report.reason if report.status == "rejected" else None for report in reports
+    ]
+    assert learner.state_sha256() == before
+    # and what is mended is learned, under the same id
+    learner.add_expert("nobody")
+    assert [r.status for r in learner.learn_batch([*stream, _sample(2, id="b")], refuse=True)][2] == "learned"
+    assert (learner.state.counters.learned, learner.state.counters.rejected) == (4, 2)
+
+
+def test_what_a_guard_refused_is_learned_once_it_is_another(
+    make: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make()
+    bad, mended = _sample(0, id="a"), _sample(1, id="a")
+    with monkeypatch.context() as patch:
+        patch.setattr(learner._updater, "_vocabulary", 1.0001)
+        (report,) = learner.learn_batch([bad])
+        assert report.status == "rejected" and learner.state.counters.rejected == 1
+    before = learner.state_sha256()
+    # nothing that a later state might see differently is tried again: a killed run would do it once more often
+    for report in (*learner.learn_batch([bad]), learner.learn_one(bad)):
+        assert report.status == "rejected" and "a guard refused it before" in str(report.reason)
+    assert (learner.accept(bad), learner.state_sha256()) == (None, before)
+    assert learner.learn_one(mended).status == "learned"
+    assert [learner.learn_one(sample).status for sample in (mended, bad)] == ["skipped", "skipped"]
+    assert learner.state.counters.rejected == 1
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 50.0])
@@ -596,7 +675,7 @@ def test_an_exported_adapter_can_be_imported_and_learned_on(make: MakeLearner, t
         learner.import_peft(tmp_path / "adapter", "theirs")
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "a b"])
+@pytest.mark.parametrize("name", ["", "a/b", "../../evil", "a b", "a.b"])
 def test_what_is_no_name_of_an_expert_never_reaches_the_journal(make: MakeLearner, tmp_path: Path, name: str) -> None:
     adapter = _folded(make()).export_peft(tmp_path / "adapter")
     learner = make(tmp_path / "state")
@@ -620,14 +699,25 @@ def test_an_import_survives_a_kill_and_a_move_of_the_folder(
     (adapter / "checkpoint-1").mkdir()
     monkeypatch.chdir(tmp_path)
     learner = make(Path("state"))
+    learner.learn_one(_sample(0))
     learner.import_peft(adapter, "theirs")
     wanted = learner.state_sha256()
+    folder = tmp_path / "state" / "imports"
+    assert learner.status()["imports_bytes"] > 0 and len(list(folder.iterdir())) == 1
     # as a kill leaves it: the journal has the import, no snapshot does
     shutil.copytree(tmp_path / "state", tmp_path / "elsewhere" / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     loaded = StreamLearner.load_state(tmp_path / "elsewhere" / "moved", tiny_model("llama", num_hidden_layers=1))
     assert loaded.state_sha256() == wanted
     loaded.close()
+    # the copy goes with the last snapshot that is older than the import
+    monkeypatch.chdir(tmp_path)
+    learner.save_state()
+    assert learner.state_sha256() == wanted and len(list(folder.iterdir())) == 1
+    learner.learn_one(_sample(1))
+    learner.save_state()
+    assert learner.status()["imports_bytes"] == 0 and not list(folder.iterdir())
+    assert learner.experts == ("default", "theirs")
 
 
 def test_a_sample_whose_step_was_aborted_is_learned_once(make: MakeLearner) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,9 +61,9 @@ def _serve(attachment: Attachment) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _export(folder: Path, model: tf.PreTrainedModel, attachment: Attachment) -> None:
+def _export(folder: Path, model: tf.PreTrainedModel, attachment: Attachment, **more: Any) -> None:
     export_adapter(
-        folder, model=model, attachment=attachment, factors=_serve(attachment), base_model_name="some/base"
+        folder, model=model, attachment=attachment, factors=_serve(attachment), base_model_name="some/base", **more
     )
 
 
@@ -166,9 +167,16 @@ def test_an_adapter_is_replaced_and_a_failed_export_keeps_it(
     attachment = attach(llama, rank=3, target_modules=ALL)
     folder = tmp_path / "out"
     folder.mkdir()
-    _export(folder, llama, attachment)
+    _export(folder, llama, attachment, about="expert `law` of version 3")
+    card = (folder / "README.md").read_text()
+    facts = ("some/base", "expert `law` of version 3", "PeftModel.from_pretrained", *attachment.target_modules)
+    for fact in (*facts, f"rank {json.loads((folder / 'adapter_config.json').read_text())['r']}:"):
+        assert fact in card
     (folder / "old").touch()
-    _export(folder, llama, attachment)
+    with pytest.raises(StateError, match="holds an adapter already.*--force"):
+        _export(folder, llama, attachment)
+    assert (folder / "old").exists()
+    _export(folder, llama, attachment, replace=True)
     assert not (folder / "old").exists()
 
     (folder / "old").touch()
@@ -181,7 +189,7 @@ def test_an_adapter_is_replaced_and_a_failed_export_keeps_it(
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(StateError, match="cannot write the adapter to .*out: No space left"):
-        _export(folder, llama, attachment)
+        _export(folder, llama, attachment, replace=True)
     assert (folder / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

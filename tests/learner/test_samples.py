@@ -1,4 +1,3 @@
-import dataclasses
 import hashlib
 import json
 import tracemalloc
@@ -23,7 +22,11 @@ def test_prompt_and_completion_with_everything_optional():
     assert (sample.prompt, sample.completion, sample.expert) == ("2+2=", " 4", "math")
     assert (sample.id, sample.source, sample.label, sample.trained) == ("a1", "ann", None, True)
     assert sample.meta == other
-    plain = parse({"prompt": "", "completion": "x", "id": None, "expert": None, "source": None})
+    free = {"lable": False, "prompt": 1, "meta": {}}
+    kept = parse({"prompt": "2", "completion": "4", "split": "train", "meta": free})
+    assert kept.meta == {"split": "train", **free} and kept.trained
+    assert parse({"prompt": "2", "completion": "4", "source_id": 3, "label_id": 1, "idx": 2, "score": 0.5}).meta
+    plain = parse({"prompt": "", "completion": "x", "meta": None, "id": None, "expert": None, "source": None})
     assert plain == Sample("", "x") and plain.expert == "default" and plain.meta == {}
     assert parse({"prompt": "", "completion": "x", "id": 12}).id == "12"
 
@@ -97,6 +100,15 @@ BAD = [
     ({"prompt_ids": [1], "completion_ids": [True]}, "completion_ids has True"),
     ({"prompt_ids": [1.0], "completion_ids": [1]}, "prompt_ids has 1.0"),
     ({"prompt_ids": "12", "completion_ids": [1]}, "prompt_ids is text"),
+    ({"prompt": "a", "completion": "b", "lable": False}, "'lable' is not known, the nearest is \"label\"; .*meta"),
+    ({"prompt": "a", "completion": "b", "Label": False}, "'Label' is not known.*known are prompt, completion"),
+    ({"prompt": "a", "completion": "b", "expret": "law"}, "nearest is \"expert\""),
+    ({"prompt": "a", "completion": "b", "sources": "ann"}, "nearest is \"source\""),
+    ({"prompt": "a", "completion": "b", "ID": "7"}, "nearest is \"id\""),
+    ({"promt": "a", "completion": "b"}, "no prompt, only 'promt'"),
+    ({"prompt": "a", "complation": "b"}, "no completion, only 'complation'"),
+    ({"prompt": "a", "completion": "b", "meta": "x"}, "meta is text; give an object"),
+    ({"prompt": "a", "completion": "b", "topic": 1, "meta": {"topic": 2}}, "'topic' is there and in meta too"),
 ]
 
 
@@ -134,7 +146,6 @@ VALUES = st.recursive(
     wrong=st.booleans(),
 )
 def test_a_sample_survives_its_dict_and_a_line(prompt, completion, names, meta, wrong):
-    meta = {k: v for k, v in meta.items() if k not in {f.name for f in dataclasses.fields(Sample)} | {"messages"}}
     sample = Sample(prompt, completion, **names, label=False if wrong else None, meta=meta)
     assert Sample.from_dict(sample.to_dict()) == sample
     assert parse(sample.to_dict()) == sample
@@ -146,6 +157,7 @@ def test_ids_and_chats_survive_their_dict():
         Sample(prompt_ids=(1, 2), completion_ids=(3,)),
         Sample("seen", "text", prompt_ids=(), completion_ids=(2**70,)),
         Sample([USER_TURN], [ANSWER, ANSWER], meta={"label": "x"}),
+        Sample("a", "b", label=False, meta={"label": "x", "prompt": 1, "meta": {"lable": 2}}),
     ):
         assert Sample.from_dict(json.loads(json.dumps(sample.to_dict()))) == sample
     assert Sample(prompt_ids=[1], completion_ids=[2]).completion_ids == (2,)
@@ -157,12 +169,10 @@ def test_ids_and_chats_survive_their_dict():
         {"completion": ""},
         {"prompt": "\ud800"},
         {"label": 0},
-        {"meta": {"prompt": 1}},
         {"meta": {"x": (1,)}},
         {"meta": {"x": float("inf")}},
         {"meta": {1: 1}},
         {"meta": None},
-        {"label": False, "meta": {"label": "x"}},
         {"prompt_ids": (1,)},
         {"expert": None},
     ],

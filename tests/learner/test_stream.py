@@ -59,8 +59,10 @@ def test_every_bad_line_is_told_and_the_rest_is_learned(learner, tmp_path, caplo
     assert len(learner.state.ring.pending()) == 0
 
     again = learn_file(learner, path)
-    assert (again.samples, again.skipped) == (11, 11)
-    assert (again.learned, again.rejected, again.update_ms_p50, again.loss_first) == (0, 0, None, None)
+    assert (again.samples, again.skipped) == (11, 5)
+    assert (again.learned, again.rejected, again.update_ms_p50, again.loss_first) == (0, 6, None, None)
+    # told again, and counted once
+    assert again.problems == result.problems
     assert again.state_sha256 == result.state_sha256
 
 
@@ -69,7 +71,30 @@ def test_a_mended_line_is_taken_up(learner, tmp_path):
     assert learn_file(learner, first).rejected == 1
     mended = write(first, pair(1), b'{"prompt": "a", "id": "7", "completion": "b"}', pair(2))
     result = learn_file(learner, mended)
-    assert (result.learned, result.skipped) == (1, 2)
+    assert (result.learned, result.skipped, result.rejected) == (1, 2, 0)
+
+
+def test_a_sample_that_could_not_be_used_is_learned_once_it_can(learner, tmp_path):
+    lines = [pair(1, id="1", completion="x" * 200), pair(2, expert="law"), pair(3, id="3", prompt_ids=[1])]
+    path = write(tmp_path / "s.jsonl", *lines)
+    result = learn_file(learner, path)
+    assert (result.learned, result.rejected, learner.status()["rejected"]) == (0, 3, 3)
+    learner.add_expert("law")
+    result = learn_file(learner, write(path, pair(1, id="1"), lines[1], pair(3, id="3")))
+    assert (result.learned, result.rejected, result.skipped) == (3, 0, 0)
+    assert (learner.status()["learned"], learner.status()["rejected"]) == (3, 3)
+    result = learn_file(learner, path)
+    assert (result.learned, result.rejected, result.skipped) == (0, 0, 3)
+
+
+def test_a_mended_line_after_the_bad_one_of_its_id_is_learned_in_any_group(tiny_model, tiny_tokenizer, tmp_path):
+    path = write(tmp_path / "s.jsonl", pair(1, id="1", completion="x" * 200), pair(1, id="1"), pair(2))
+    found = set()
+    for group in (1, 2, 64):
+        learner = StreamLearner(tiny_model(), tiny_tokenizer, CONFIG)
+        result = learn_file(learner, path, group=group)
+        found.add((result.learned, result.rejected, result.skipped, result.state_sha256))
+    assert [one[:3] for one in found] == [(2, 1, 0)]
 
 
 def test_a_guard_that_refuses_is_told_with_file_and_line(learner, tmp_path, monkeypatch):
@@ -80,6 +105,9 @@ def test_a_guard_that_refuses_is_told_with_file_and_line(learner, tmp_path, monk
     assert result.problems[1].startswith(f"{path}:2: the loss is ")
     kept = [json.loads(line) for line in (tmp_path / "state/quarantine.jsonl").read_text().splitlines()]
     assert [entry["seq"] for entry in kept] == [1, 2]
+    again = learn_file(learner, path)
+    assert (again.rejected, again.state_sha256) == (2, result.state_sha256)
+    assert all("a guard refused it before" in problem for problem in again.problems)
 
 
 def test_groups_are_acknowledged_together_and_change_nothing(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.sites import Attachment, GradientSink, attach
-from ogpstream.learner.step import sample_gradients, sample_loss
+from ogpstream.learner.step import sample_gradients
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
@@ -129,7 +129,6 @@ def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> N
             assert units == _units(plan, 5, -(-(len(ids) - PROMPT) // chunk))
             slabs.append(sink.slab)
         assert all(torch.equal(slab, slabs[0]) for slab in slabs)
-        assert sample_loss(walk, ids, PROMPT) == pytest.approx(expected, abs=EXACT)
     assert attachment.binding.sinks == ()
 
 

@@ -130,11 +130,11 @@ def test_an_old_version_outlives_everything_that_follows() -> None:
     copies = [(pack.A.clone(), pack.B.clone(), pack.scale.clone()) for pack in old.packs]
     expert = store.expert("default")
     expert.factors = expert.factors + 1
-    store.set_gate("legal", -3.0)
+    store.activate("legal", -3.0)
     assert store.served is old, "nothing is served before publish"
     new = store.publish()
     assert store.served is new and not same_packs(old, new)
-    store.remove("legal")
+    store.deactivate("legal")
     store.publish()
     for pack, (a, b, scale) in zip(old.packs, copies, strict=True):
         assert torch.equal(pack.A, a) and torch.equal(pack.B, b) and torch.equal(pack.scale, scale)
@@ -190,7 +190,7 @@ def test_a_reader_never_sees_a_mix_of_versions() -> None:
 
 def test_state_survives_files_bit_for_bit() -> None:
     store = two_experts()
-    store.create("empty", 1, 2.0).frozen = True
+    store.create("empty", 1, 2.0)
     store.publish(17)
     tensors, meta = store.state_dict()
     loaded = AdapterStore(SITES)
@@ -240,7 +240,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
 
 def test_errors_name_the_value_in_one_line() -> None:
     store = two_experts()
-    for call in (store.expert, store.activate, store.deactivate, store.remove):
+    for call in (store.expert, store.activate, store.deactivate):
         with pytest.raises(UnknownExpert) as caught:
             call("lagel")
         assert str(caught.value) == "no expert 'lagel'; known experts: 'default', 'legal'"
@@ -256,12 +256,8 @@ def test_errors_name_the_value_in_one_line() -> None:
         assert "\n" not in str(refused.value)
     for gate in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="gate"):
-            store.set_gate("default", gate)
-        with pytest.raises(ValueError, match="gate"):
             store.activate("default", gate)
     store.deactivate("legal")
-    with pytest.raises(ValueError, match="not active"):
-        store.set_gate("legal", 1.0)
     assert store.active == {"default": 1.7}
 
 

@@ -156,7 +156,7 @@ def test_the_largest_id_of_each_vocabulary_survives(vocab_size: int, size: int) 
     assert reloaded(ring).get(slot).ids.tolist() == [0, vocab_size - 1]
     assert reloaded(ring).get(slot).uid == 2**63 - 1
     assert ring.storage.shape == (3, 4) and ring.storage.nbytes == 3 * 4 * size
-    assert ring.storage.is_contiguous() and ring.nbytes > ring.storage.nbytes
+    assert ring.storage.is_contiguous()
     with pytest.raises(ValueError, match="outside the vocabulary"):
         ring.add([vocab_size], 0, expert="default", uid=0)
 

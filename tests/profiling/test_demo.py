@@ -1,10 +1,15 @@
+import io
 import json
 import sys
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from ogpstream.learner import LearnerConfig
-from ogpstream.profiling import demo
+from ogpstream.profiling import demo_run
+from ogpstream.profiling.__main__ import app
+from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary, table
 from ogpstream.profiling.demo_worker import Job
 
@@ -35,8 +40,6 @@ def test_the_summary_has_the_promised_fields_and_formulas():
 
 
 def test_the_table_and_the_picture_show_all_three(tmp_path):
-    from rich.console import Console
-
     values = summary(_result(0.8), _result(0.8), _result(0.5), _result(0.1))
     console = Console(record=True, width=120, file=open(tmp_path / "null", "w"))
     console.print(table(values))
@@ -65,10 +68,10 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
     from ogpstream.profiling import demo_worker
 
     calls = []
-    real = demo.subprocess.Popen
-    monkeypatch.setattr(demo.subprocess, "Popen", lambda *a, **k: calls.append(a) or real(*a, **k))
+    real = demo_run.subprocess.Popen
+    monkeypatch.setattr(demo_run.subprocess, "Popen", lambda *a, **k: calls.append(a) or real(*a, **k))
     shown: list[int] = []
-    killed = demo._run(_job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
+    killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
     assert len(calls) == 2 and killed["updates"] == 60 and shown[-1] == 60
     assert calls[0][0][0] == sys.executable
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"))
@@ -81,5 +84,36 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
 
 def test_a_worker_that_fails_says_why(tiny_model, tiny_tokenizer, tmp_path):
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "lost", model=str(tmp_path / "missing"))
-    with pytest.raises(demo.WorkerFailed, match="ogp learner failed: .*missing"):
-        demo._run(job, lambda n: None, None)
+    # by the name that the table has for it
+    with pytest.raises(demo_run.WorkerFailed, match="the learner 'replay alone' failed: .*missing"):
+        demo_run._run("replay alone", job, lambda n: None, None)
+
+
+def test_a_wrong_model_is_told_before_any_folder_is_made(tmp_path):
+    for model, told, status in ((tmp_path, "no config.json", 2), (tmp_path / "none", "there is no folder", 2)):
+        done = CliRunner().invoke(app, ["demo", "--model", str(model), "--out", str(tmp_path / "out")])
+        assert done.exit_code == status and told in done.stderr and len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, ["demo", "--out", "/dev/null/here"])
+    assert done.exit_code == 1 and "choose another folder with --out" in done.stderr
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_without_a_terminal_progress_is_a_line_a_tenth(terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with DemoProgress(console, {"ours": 200, "alone": 5}) as progress:
+        for done in range(201):
+            progress.show("ours", done)
+        for done in range(6):
+            progress.show("alone", done, f"loss {done}.5")
+    lines = console.file.getvalue().splitlines()
+    if terminal:
+        assert not any(line.startswith("ours: 20/200") for line in lines)
+        return
+    assert lines.pop(0) == "begun: ours, alone"
+    told = [line.rpartition(", ")[0] for line in lines]
+    assert told[:10] == [f"ours: {done}/200" for done in range(20, 201, 20)]
+    assert told[10:] == [f"alone: {done}/5, loss {done}.5" for done in range(1, 6)]
+    assert all(line.endswith(" s") for line in lines)
+    silent = DemoProgress(None, {"x": 1})
+    silent.show("x", 1)

@@ -13,7 +13,6 @@ from ogpstream.profiling.evaluate import (
     accuracy,
     perplexity,
     rank_labels,
-    text_losses,
 )
 
 VOCAB = 40
@@ -119,25 +118,19 @@ def test_ranking_leaves_the_mode_and_needs_labels_with_tokens():
         rank_labels(model, tokenizer, prompts([3]), [" ".join(["w3"] * (POSITIONS + 1))])
 
 
-def test_text_losses_equal_the_slow_loop_in_the_order_given():
+def test_a_perplexity_equals_the_slow_loop():
     model = llama().eval()
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 2, 16, 5, 30, 3, 9)]
-    expected = []
+    nats = []
     for row in (row[:POSITIONS] for row in rows):
         with torch.no_grad():
             log_probs = model(torch.tensor([row])).logits[0].double().log_softmax(-1)
-        nats = [-float(log_probs[t - 1, row[t]]) for t in range(1, len(row))]
-        expected.append((sum(nats) / len(nats), len(nats)))
-    losses = text_losses(model, rows, batch=3)
-    assert [count for _, count in losses] == [count for _, count in expected]
-    assert [loss for loss, _ in losses] == pytest.approx([loss for loss, _ in expected], abs=1e-5)
-    total = sum(loss * count for loss, count in expected)
-    assert perplexity(model, rows) == pytest.approx(
-        math.exp(total / sum(count for _, count in expected)), rel=1e-5
-    )
-    with pytest.raises(ValueError, match="row 1 has 1 tokens"):
-        text_losses(model, [[1, 2], [3]])
+        nats += [-float(log_probs[t - 1, row[t]]) for t in range(1, len(row))]
+    assert perplexity(model, rows) == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-5)
+    for bad, message in (([[1, 2], [3]], "row 1 has 1 tokens"), ([], "no rows")):
+        with pytest.raises(ValueError, match=message):
+            perplexity(model, bad)
 
 
 def test_accuracy_counts():

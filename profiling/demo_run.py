@@ -1,0 +1,134 @@
+"""The run of `ogpstream demo`: a stream of corrections through three learners, each in a process of its own.
+
+A base model is made on the spot (or given), and the same stream runs through three learners that make the same number
+of gradient evaluations: ours, replay alone and plain sequential LoRA. Ours is killed half-way and goes on from disk;
+a second one that is not killed must end in the same state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ogpstream.learner import LearnerConfig, OgpStreamError
+from ogpstream.profiling.demo_model import base_model, gather_corpus
+from ogpstream.profiling.demo_progress import DemoProgress
+from ogpstream.profiling.demo_report import draw, summary
+from ogpstream.profiling.demo_worker import Job
+from ogpstream.profiling.stream_run import Method
+from ogpstream.profiling.tasks import demo_tasks
+
+# slots of the ring: a small part of the 600 samples, as for a stream without an end
+RING = 32
+# updates in the idle phase after each domain, two old samples each
+IDLE = 60
+# samples between two points of the curve
+EVERY = 60
+# found for each method by cross-validation on the learning wordings alone: see profiling/README.md
+RATES: dict[Method, float] = {"ogp": 4e-3, "replay": 1e-3, "sequential": 5e-4}
+# stronger than the default: a base of 2M parameters uses every direction it has
+BASE_ANCHOR = 3e-2
+HELD_OUT = 96
+
+
+class WorkerFailed(OgpStreamError):
+    """A worker ended without a result; the message holds the end of what it said."""
+
+
+def _cores() -> int:
+    """Those that this process may use; macOS says only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Console) -> dict[str, Any]:
+    """All learners; the values of `demo --json`, with the curve in `points`."""
+    values: dict[str, Any] = {}
+    calibration = None
+    if model is None:
+        made, tokenizer, base = base_model(cache, progress=console)
+        model = str(out / "base")
+        made.save_pretrained(model)
+        tokenizer.save_pretrained(model)
+        calibration, held_out = base.calibration, base.held_out
+        values |= {"base_parameters": base.parameters, "base_text_bytes": base.text_bytes,
+                   "base_perplexity": base.perplexity, "trigram_perplexity": base.trigram_perplexity}
+        console.print(f"base model: {base.parameters / 1e6:.1f}M parameters, held-out perplexity "
+                      f"{base.perplexity:.1f} (trigram model: {base.trigram_perplexity:.1f})", highlight=False)
+    else:
+        held_out = gather_corpus(HELD_OUT).held_out
+    config = LearnerConfig(ring_samples=RING, base_anchor=BASE_ANCHOR, seed=seed)
+    threads = max(1, _cores() // 2)
+    work = out / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+
+    def job(name: str, method: Method, *, saved: bool = False, scored: bool = True, adapter: Path | None = None) -> Job:
+        return Job(
+            model, method, config.to_dict(), RATES[method], IDLE, EVERY if scored else None, threads, None,
+            str(work / f"{name}.progress.json"), str(work / f"{name}.json"),
+            str(work / f"{name}.state") if saved else None, calibration, held_out,
+            None if adapter is None else str(adapter),
+        )
+
+    jobs = {
+        "ours": job("ours", "ogp", saved=True, adapter=out / "adapter"),
+        "ours, not killed": job("steady", "ogp", saved=True, scored=False),
+        "replay alone": job("replay", "replay"),
+        "sequential LoRA": job("sequential", "sequential"),
+    }
+    samples = sum(len(task.learn) for task in demo_tasks(seed))
+    with DemoProgress(console, dict.fromkeys(jobs, samples)) as progress, ThreadPoolExecutor(2) as pool:
+        running = {
+            name: pool.submit(_run, name, one, partial(progress.show, name), samples // 2 if name == "ours" else None)
+            for name, one in jobs.items()
+        }
+        results = {name: future.result() for name, future in running.items()}
+    values |= summary(results["ours"], results["ours, not killed"], results["replay alone"],
+                      results["sequential LoRA"])
+    draw(values, out / "accuracy.png")
+    shutil.rmtree(work)
+    return values
+
+
+def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None) -> dict[str, Any]:
+    """One worker to its result; with `kill_at` its process gets SIGKILL there once, and another one goes on."""
+    description = Path(job.result).with_suffix(".job")
+    description.write_text(json.dumps(asdict(job)), "utf-8")
+    log = Path(job.result).with_suffix(".log")
+    progress = Path(job.progress)
+    while True:
+        with open(log, "ab") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ogpstream.profiling.demo_worker", str(description)],
+                stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+            )
+        killed = False
+        while process.poll() is None:
+            time.sleep(0.05)
+            learned = json.loads(progress.read_text("utf-8"))["learned"] if progress.exists() else 0
+            show(learned)
+            if kill_at is not None and learned >= kill_at:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                killed, kill_at = True, None
+        if not killed:
+            break
+    if process.returncode != 0 or not Path(job.result).exists():
+        said = log.read_text("utf-8", errors="replace").strip().splitlines()
+        raise WorkerFailed(f"the learner {name!r} failed: {said[-1] if said else 'no message'} (see {log})")
+    values: dict[str, Any] = json.loads(Path(job.result).read_text("utf-8"))
+    show(values["updates"])
+    return values
