@@ -90,7 +90,7 @@ def stream(model, **changes):
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypatch, close):
     def model():
-        return tiny_model("llama", num_hidden_layers=1)
+        return tiny_model("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=40)
 
     monkeypatch.setenv(dispatch.ENV, "reference")
     factors_ref, logits_ref, losses_ref = stream(model(), optimizer=optimizer)
