@@ -122,15 +122,20 @@ def close() -> Callable[..., None]:
 
 
 @pytest.fixture
-def short_splits() -> Iterator[None]:
+def with_tiles() -> Iterator[Callable[[Config], None]]:
+    """`with_tiles(config)`: from now on every device has these tiles."""
+    made_up = (0, 1)
+    with pytest.MonkeyPatch.context() as patch, assume_capability(made_up):
+        yield lambda config: patch.setitem(CONFIGS, made_up, config)
+
+
+@pytest.fixture
+def short_splits(with_tiles: Callable[[Config], None]) -> None:
     """Tiles of one or two steps, so that a small problem is cut into many splits in every direction."""
     single = Lora(shrink=Tile(16, 16, steps=2), expand=Tile(16, 16), gradient=Tile(16, 16, steps=2))
     half = Lora(shrink=Tile(16, 32), expand=Tile(16, 16), gradient=Tile(16, 16, steps=2))
-    tiles = Config(half, single, coefficients=Tile(16, 16, steps=2), removal=Tile(16, 16), elements=64, rank_block=16)
-    made_up = (0, 1)
-    with pytest.MonkeyPatch.context() as patch, assume_capability(made_up):
-        patch.setitem(CONFIGS, made_up, tiles)
-        yield
+    projection = Tile(16, 16, steps=2), Tile(16, 16)
+    with_tiles(Config(half, single, *projection, elements=64, rank_block=16))
 
 
 @pytest.fixture

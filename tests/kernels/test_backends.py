@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ogpstream.kernels import dispatch, reference, triton_backend
+from ogpstream.kernels import dispatch, reference
 from ogpstream.kernels.launch import record_launches
-from ogpstream.kernels.triton_backend import warm_up
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 
 ROOT = Path(__file__).parents[2]
@@ -100,36 +98,6 @@ def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypa
     assert len(record) > 50
     close(1e-5, factors=(factors, factors_ref), logits=(logits, logits_ref))
     close(1e-5, losses=(torch.tensor(losses), torch.tensor(losses_ref)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_warm_up_leaves_nothing_to_compile(dtype):
-    """Every kernel with every constant that samples of any length launch later was launched by the warm-up."""
-
-    def kernels(record):
-        return {(launch.name, *sorted(launch.options.items())) for launch in record}
-
-    shapes = [(200, 300, 48, slice(0, 8)), (200, 200, 16, slice(8, 16))]
-    cpu = torch.device("cpu")
-    with FakeTensorMode():
-        with record_launches() as record:
-            warm_up(shapes, dtype=dtype, device=cpu, tokens=3000, blocks=[(200, 16)], numels=[6400], vocabulary=50)
-        warm = kernels(record)
-        for D_in, D_out, R, trained in shapes:
-            A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
-            for T in (1, 2, 17, 100, 256, 257, 700, 1025, 2500, 3000):
-                x, g = torch.empty(T, D_in, dtype=dtype), torch.empty(T, D_out, dtype=dtype)
-                with record_launches() as record:
-                    _, h = triton_backend.lora_forward(x, A, B, torch.empty(R))
-                    triton_backend.lora_backward(x, g, A, B, torch.empty(R), trained=trained, h=h)
-                assert kernels(record) <= warm
-        w = torch.empty(6400)
-        with record_launches() as record:
-            triton_backend.project_out_(torch.empty(200, 16), torch.empty(150, 200))
-            triton_backend.sgd_(w, w, lr=0.1)
-            triton_backend.adam_(w, w, w.clone(), w.clone(), step=2, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
-            triton_backend.cross_entropy(torch.empty(7, 50, dtype=dtype), torch.empty(7, dtype=torch.int64))
-        assert kernels(record) <= warm
 
 
 def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do():
