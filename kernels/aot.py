@@ -2,9 +2,9 @@
 
     python -m ogpstream.kernels.aot [sm_80 sm_86 sm_90]
 
-compiles without a GPU, prints registers, stack and shared memory of each kernel, and fails when a kernel spills, needs
-more shared memory than the card has, multiplies half precision without tensor cores, or float32 with them (that would
-be TF32, which the interpreter hides). ptxas and cuobjdump come with triton.
+compiles without a GPU, prints registers, stack, shared memory and the share of wide loads of each kernel, and fails
+when a kernel spills, needs more shared memory than the card has, multiplies half precision without tensor cores, or
+float32 with them (that would be TF32, which the interpreter hides). ptxas and cuobjdump come with triton.
 
 The launchers run on fake tensors and their launches are recorded, so what is compiled here is what they launch.
 """
@@ -57,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of a case."""
+    """What ptxas made of a case; `wide` is the share of loads from device memory that fetch 16 bytes at a time."""
 
     case: Case
     arch: int
@@ -65,6 +65,7 @@ class Compiled:
     stack: int
     shared: int
     tensor_cores: bool
+    wide: float
 
     @property
     def faults(self) -> list[str]:
@@ -81,7 +82,7 @@ class Compiled:
 
     def __str__(self) -> str:
         name = f"{self.case.launch.name} {self.case.label}"
-        numbers = f"{self.registers:4} registers {self.stack:4} stack {self.shared:7} shared"
+        numbers = f"{self.registers:4} registers {self.stack:4} stack {self.shared:7} shared {self.wide:5.0%} wide"
         return f"sm_{self.arch} {name:56} {numbers}  {'; '.join(self.faults) or 'ok'}"
 
 
@@ -152,8 +153,11 @@ def compile_case(case: Case, arch: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(built.asm["cubin"])
-    tensor_cores = bool(re.search(r"\b(wg)?mma\.", built.asm["ptx"]))
-    return Compiled(case, arch, registers, stack, built.metadata.shared, tensor_cores)
+    ptx = built.asm["ptx"]
+    tensor_cores = bool(re.search(r"\b(wg)?mma\.", ptx))
+    loads = re.findall(r"\b(?:ld\.global|cp\.async\.c[ag]\.shared\.global)[\w.:]*", ptx)
+    wide = sum(".cg." in load or ".v4.b32" in load for load in loads) / max(1, len(loads))
+    return Compiled(case, arch, registers, stack, built.metadata.shared, tensor_cores, wide)
 
 
 def _source(launch: Launch) -> tuple[Any, dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[object]]]]:

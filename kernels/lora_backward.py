@@ -13,7 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from ogpstream.kernels.configs import Lora, config_for
 from ogpstream.kernels.device_lora import expand_kernel, gradient_kernel, shrink_kernel
-from ogpstream.kernels.launch import HALF_OR_SINGLE, launch, power_of_two, require, require_rows, written
+from ogpstream.kernels.launch import (
+    HALF_OR_SINGLE,
+    launch,
+    power_of_two,
+    require,
+    require_rows,
+    unit_of,
+    written,
+)
 from ogpstream.kernels.optimizer import sum_splits
 
 _SINGLE = (torch.float32,)
@@ -109,14 +117,16 @@ def lora_backward_parts(
     tile, rank_block = _tiles(x).gradient, _rank_block(x, rank)
     blocks_in, blocks_out = _blocks(D_in, tile.width), _blocks(D_out, tile.width)
     blocks = 2 * blocks_in + blocks_out if rank else blocks_in
+    # a float32 tile has two elements a thread, nothing to load wider, and ptxas then spills 8 bytes
+    unit = 1 if x.dtype == torch.float32 else unit_of(trained.start, R)
     # no more steps than a short sample has, in powers of two: four kernels serve all lengths
     steps = min(tile.steps, power_of_two(_blocks(T, tile.tokens)))
     launch(
         gradient_kernel, (blocks, splits, max(1, _blocks(rank, rank_block))), x,
-        x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start,
+        x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start // unit,
         x.stride(0), g.stride(0), *A.stride(), 0 if base_dx is None else base_dx.stride(0), dx.stride(0),
         dA.stride(0), dA.stride(1), dB.stride(0), dB.stride(1),
-        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=steps,
+        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, UNIT=unit, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=steps,
         BT=tile.tokens, BD=tile.width, BR=_rank_block(x, R), BK=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

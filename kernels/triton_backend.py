@@ -89,8 +89,11 @@ def warm_up(
 
     # steps and sums of splits come in powers of two, and no tile is shorter than 16 tokens
     lengths = [16 << k for k in range(power_of_two(tokens, least=16).bit_length() - 4)]
-    for D_in, D_out, R, rank in sorted({(*sizes, own.stop - own.start) for *sizes, own in shapes}):
-        A, B, scale, trained = zeros(D_in, R, dtype=dtype), zeros(R, D_out, dtype=dtype), zeros(R), slice(0, rank)
+    # columns that begin at a multiple of 4 are loaded in another way, and all else of where they begin is a number
+    ways = {(*sizes, own.stop - own.start, own.start % 4): own.start for *sizes, own in shapes}
+    for (D_in, D_out, R, rank, _), first in sorted(ways.items()):
+        A, B, scale = zeros(D_in, R, dtype=dtype), zeros(R, D_out, dtype=dtype), zeros(R)
+        trained = slice(first, first + rank)
         # the samples of a batch are rows of one tensor, and where they begin Triton compiles for the alignment
         for start in _alignments(D_in * dtype.itemsize, D_out * dtype.itemsize, R * 4):
             for T in lengths:

@@ -237,6 +237,8 @@ class StreamLearner:
         that they have). One call at start, before an `IdleLoop` begins, and again after an expert was added or
         imported. Triton keeps what it compiled on disk. Nothing where Triton does not compute, as on a CPU.
         """
+        from itertools import combinations_with_replacement
+
         from ogpstream.kernels import dispatch
 
         model, config, store = self.model, self.config, self.state.store
@@ -250,8 +252,11 @@ class StreamLearner:
                         for expert in experts)
         ranks, most, step = {expert.rank for expert in experts}, sum(widths[-config.max_active:]), store.multiple
         columns = range(-(-min(ranks) // step) * step, most + step, step)
-        warm_up([(site.d_in, site.d_out, R, slice(0, rank))
-                 for site in store.sites for R in columns for rank in ranks if rank <= R],
+        # an expert's columns come after those of the others that are active with it
+        starts = {sum(before) for n in range(config.max_active)
+                  for before in combinations_with_replacement(sorted(ranks), n)}
+        warm_up([(site.d_in, site.d_out, R, slice(start, start + rank))
+                 for site in store.sites for R in columns for rank in ranks for start in starts if start + rank <= R],
                 dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
 
     # learning

@@ -35,6 +35,11 @@ def test_every_kernel_compiles_without_a_fault(arch):
         # no trained column, and neither h nor base_dx given
         for form in (" r0 ", " nothing given "):
             assert dtype == "float16" or any(" gradient_kernel " in line and form in line for line in own), form
+    # at a model's widths activations, masters and moments come 16 bytes at a time; adam also reads single sums
+    for name, least in dict(shrink=92, expand=100, gradient=100, sgd=100, moments=100, adam=60).items():
+        own = [line for line in lines if f" {name}_kernel " in line and ("bfloat16 R48" in line or "4 parts" in line)]
+        shares = [int(share) for line in own for share in re.findall(r"(\d+)% wide", line)]
+        assert len(shares) == len(own) > 0 and min(shares) >= least, own
 
 
 def test_every_kernel_of_the_package_is_in_the_gate():

@@ -35,7 +35,7 @@ def test_nothing_is_left_in_the_span(M, D, K, form, device, orthonormal_rows, gu
 
 @settings(max_examples=15)
 @given(
-    M=st.integers(0, 70), D=st.integers(1, 90), K=st.integers(1, 40), chunk=st.integers(1, 80),
+    M=st.integers(0, 50), D=st.integers(1, 70), K=st.integers(1, 20), chunk=st.integers(1, 60),
     seed=st.integers(0, 2**31), weighted=st.booleans(),
 )  # fmt: skip
 def test_any_shape_equals_the_reference(device, M, D, K, chunk, seed, weighted):
