@@ -2,9 +2,9 @@
 
     python -m ogpstream.kernels.aot [sm_80 sm_86 sm_90]
 
-compiles without a GPU, prints registers, stack and shared memory of each kernel, and fails when a kernel spills, needs
-more shared memory than the card has, multiplies half precision without tensor cores, or float32 with them (that would
-be TF32, which the interpreter hides). ptxas and cuobjdump come with triton.
+compiles without a GPU, prints registers, stack, shared memory and the share of wide loads of each kernel, and fails
+when a kernel spills, needs more shared memory than the card has, multiplies half precision without tensor cores, or
+float32 with them (that would be TF32, which the interpreter hides). ptxas and cuobjdump come with triton.
 
 The launchers run on fake tensors and their launches are recorded, so what is compiled here is what they launch.
 """
@@ -40,11 +40,10 @@ _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
 # (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; the widest rank with odd widths; the MLP of an 8B model,
-# both ways, which leaves the most parts of h and Y
-_LORA = [
-    (2048, 2048, 48, slice(8, 16), 1024), (1000, 3000, 200, slice(0, 64), 300),
-    (4096, 14336, 48, slice(0, 8), 1024), (14336, 4096, 48, slice(0, 8), 1024),
-]  # fmt: skip
+# both ways at once, which leaves the most parts of h and Y
+_USUAL = (2048, 2048, 48, slice(8, 16), 1024)
+_MLP = (14336, 14336, 48, slice(0, 8), 1024)
+_LORA = [_USUAL, (1000, 3000, 200, slice(0, 64), 300), _MLP]
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of a case."""
+    """What ptxas made of a case; `wide` is the share of loads from device memory that fetch 16 bytes at a time."""
 
     case: Case
     arch: int
@@ -66,6 +65,7 @@ class Compiled:
     stack: int
     shared: int
     tensor_cores: bool
+    wide: float
 
     @property
     def faults(self) -> list[str]:
@@ -82,8 +82,8 @@ class Compiled:
 
     def __str__(self) -> str:
         name = f"{self.case.launch.name} {self.case.label}"
-        numbers = f"{self.registers:4} registers {self.stack:4} stack {self.shared:7} shared"
-        return f"sm_{self.arch} {name:50} {numbers}  {'; '.join(self.faults) or 'ok'}"
+        numbers = f"{self.registers:4} registers {self.stack:4} stack {self.shared:7} shared {self.wide:5.0%} wide"
+        return f"sm_{self.arch} {name:56} {numbers}  {'; '.join(self.faults) or 'ok'}"
 
 
 def cases(arch: int) -> list[Case]:
@@ -104,16 +104,27 @@ def cases(arch: int) -> list[Case]:
             kind: Literal["half", "float32"] = "float32" if dtype == torch.float32 else "half"
             products = dict.fromkeys(("shrink_kernel", "expand_kernel", "gradient_kernel"), kind)
             # fp16 takes the tiles of bf16: one size shows that it compiles
-            for D_in, D_out, R, trained, T in _LORA[:1] if dtype == torch.float16 else _LORA:
+            for size in _LORA[:1] if dtype == torch.float16 else _LORA:
+                D_in, D_out, R, trained, T = size
                 x, g = torch.empty(T, D_in, dtype=dtype), torch.empty(T, D_out, dtype=dtype)
                 A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
-                label = f"{str(dtype)[6:]} R{R}"
+                label, scale = f"{str(dtype)[6:]} R{R}", torch.empty(R)
                 with record_launches() as record:
-                    _, h = lora_forward(x, A, B, torch.empty(R))
-                add(f"forward {label}", products, record)
+                    _, h = lora_forward(x, A, B, scale)
+                # the width of a model changes nothing of K1 but the number of its splits
+                add(f"forward {label}", products, record[1:] if size == _MLP else record)
                 with record_launches() as record:
-                    lora_backward(x, g, A, B, torch.empty(R), trained=trained, h=h, base_dx=x)
+                    lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=x)
+                # and what makes Y alone is half of the K1 that makes h
+                record = record if size == _USUAL else record[1:]
                 add(f"backward {label} r{trained.stop - trained.start}", products, record)
+                if size == _USUAL and dtype != torch.float16:
+                    with record_launches() as record:
+                        lora_backward(x, g, A, B, scale, trained=trained)
+                    add(f"backward {label} r{trained.stop - trained.start}, nothing given", products, record)
+                    with record_launches() as record:
+                        lora_backward(x, g, A, B, scale, trained=slice(0, 0), base_dx=x)
+                    add(f"backward {label} r0", products, record)
             with record_launches() as record:
                 cross_entropy(torch.empty(128, 32000, dtype=dtype), torch.empty(128, dtype=torch.int64))
             add(str(dtype)[6:], {}, record)
@@ -142,8 +153,11 @@ def compile_case(case: Case, arch: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = _resources(built.asm["cubin"])
-    tensor_cores = bool(re.search(r"\b(wg)?mma\.", built.asm["ptx"]))
-    return Compiled(case, arch, registers, stack, built.metadata.shared, tensor_cores)
+    ptx = built.asm["ptx"]
+    tensor_cores = bool(re.search(r"\b(wg)?mma\.", ptx))
+    loads = re.findall(r"\b(?:ld\.global|cp\.async\.c[ag]\.shared\.global)[\w.:]*", ptx)
+    wide = sum(".cg." in load or ".v4.b32" in load for load in loads) / max(1, len(loads))
+    return Compiled(case, arch, registers, stack, built.metadata.shared, tensor_cores, wide)
 
 
 def _source(launch: Launch) -> tuple[Any, dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[object]]]]:

@@ -91,10 +91,10 @@ def expand_kernel(
 @triton.jit
 def _token_sum(
     x, y, out, T, first, stride_xt, stride_od, stride_or, d,
-    D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr, PARTS: tl.constexpr,
+    STEPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[d, k] = sum over this split's t of x[t, d] y[t, first + k], for the RANK trained columns k."""
+    """out[d, k] = sum over this split's t of x[t, d] y[t, first UNIT + k], for the RANK trained columns k."""
     dtype: tl.constexpr = x.dtype.element_ty
     k = tl.program_id(2) * BK + tl.arange(0, BK)
     acc = tl.zeros((BD, BK), dtype=tl.float32)
@@ -104,7 +104,7 @@ def _token_sum(
             x + t[:, None] * stride_xt + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
         )
         here = (t < T)[:, None] & (k < RANK)[None, :]
-        y_tile = sum_parts(y, t[:, None] * R + first + k[None, :], here, T.to(tl.int64) * R, PARTS)
+        y_tile = sum_parts(y, t[:, None] * R + first * UNIT + k[None, :], here, T.to(tl.int64) * R, PARTS)
         x_tile = tl.trans(operand(x_tile, dtype))
         if dtype == tl.float16:
             size = largest(y_tile)
@@ -121,7 +121,7 @@ def gradient_kernel(
     x, g, A, h, Y, base_dx, dx, dA, dB, T, first,
     stride_xt, stride_gt, stride_ad, stride_ar, stride_base, stride_dx,
     stride_dAs, stride_dAd, stride_dBs, stride_dBr,
-    D_IN: tl.constexpr, D_OUT: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+    D_IN: tl.constexpr, D_OUT: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr,
     PARTS_H: tl.constexpr, PARTS_Y: tl.constexpr, STEPS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -129,8 +129,9 @@ def gradient_kernel(
 
     Grid axis 0: blocks of D_in that finish dx = base_dx + Y A.T, then blocks of D_in that make parts of
     dA = x.T Y[:, trained], then blocks of D_out that make parts of dB = h[:, trained].T g. Axis 1: splits of the
-    tokens. Axis 2: blocks of BK trained columns. A is that of before any update. dA and dB are float32 parts,
-    stride_dAs and stride_dBs elements apart.
+    tokens. Axis 2: blocks of BK trained columns, which begin at column first UNIT: with a UNIT of 4 they are loaded 16
+    bytes at a time. A is that of before any update. dA and dB are float32 parts, stride_dAs and stride_dBs elements
+    apart.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     blocks_in: tl.constexpr = (D_IN + BD - 1) // BD
@@ -139,13 +140,13 @@ def gradient_kernel(
         d = (block - 2 * blocks_in).to(tl.int64) * BD + tl.arange(0, BD)
         _token_sum(
             g, h, dB + split * stride_dBs, T, first, stride_gt, 1, stride_dBr, d,
-            D_OUT, R, RANK, PARTS_H, STEPS, BT, BD, BK,
+            D_OUT, R, RANK, UNIT, PARTS_H, STEPS, BT, BD, BK,
         )  # fmt: skip
     elif block >= blocks_in:
         d = (block - blocks_in).to(tl.int64) * BD + tl.arange(0, BD)
         _token_sum(
             x, Y, dA + split * stride_dAs, T, first, stride_xt, stride_dAd, 1, d,
-            D_IN, R, RANK, PARTS_Y, STEPS, BT, BD, BK,
+            D_IN, R, RANK, UNIT, PARTS_Y, STEPS, BT, BD, BK,
         )  # fmt: skip
     elif tl.program_id(2) == 0:
         d = block.to(tl.int64) * BD + tl.arange(0, BD)

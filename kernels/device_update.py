@@ -26,30 +26,31 @@ def sum_kernel(parts, out, numel, splits, stride_s, S: tl.constexpr, BLOCK: tl.c
 
 @triton.jit(do_not_specialize=["splits", "serve_from"])
 def sgd_kernel(
-    w, parts, serving, numel, serve_from, splits, stride_s, lr, decay, S: tl.constexpr, BLOCK: tl.constexpr
+    w, parts, serving, numel, serve_from, splits, stride_s, lr, decay,
+    S: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """w = decay w - lr g, and what lies from serve_from on also in the dtype it is served in."""
+    """w = decay w - lr g, and what lies from serve_from UNIT on also in the dtype it is served in."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     new = decay * tl.load(w + i, mask=i < numel, other=0.0)
     new -= lr * _gradient(parts, i, i < numel, splits, stride_s, S)
     tl.store(w + i, new, mask=i < numel)
     if serving is not None:
-        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=(i >= serve_from) & (i < numel))
+        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=(i >= serve_from * UNIT) & (i < numel))
 
 
 @triton.jit(do_not_specialize=["numel", "first", "programs", "splits"])
 def moments_kernel(
     parts, exp_avg, exp_avg_sq, sums, numel, first, programs, splits, stride_s, beta1, rest1, beta2, rest2,
-    S: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    S: tl.constexpr, STEPS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """m = b1 m + (1 - b1) g and v = b2 v + (1 - b2) g^2; sums[p] = what program p has of sum(v).
 
-    The first `programs` programs have [0, first), the others [first, numel).
+    The first `programs` programs have [0, first), the others [first, numel), both in units of UNIT.
     """
     pid = tl.program_id(0)
-    start, end, p = tl.zeros((), tl.int64), first.to(tl.int64), pid
+    start, end, p = tl.zeros((), tl.int64), first.to(tl.int64) * UNIT, pid
     if pid >= programs:
-        start, end, p = first.to(tl.int64), numel.to(tl.int64), pid - programs
+        start, end, p = first.to(tl.int64) * UNIT, numel.to(tl.int64) * UNIT, pid - programs
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in range(STEPS):
         i = start + (p.to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
@@ -65,16 +66,17 @@ def moments_kernel(
 @triton.jit(do_not_specialize=["numel", "first", "blocks", "programs", "all_programs", "serve_from"])
 def adam_kernel(
     w, exp_avg, exp_avg_sq, sums, serving, numel, first, blocks, programs, all_programs, serve_from,
-    lr, decay, eps, bias1, bias2, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    lr, decay, eps, bias1, bias2, SUMS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """w = decay w - lr (m / bias1) / (s + eps rms(s)), s = sqrt(v / bias2), from the sums of `moments_kernel`.
 
-    The first `blocks` programs have [0, first), the others [first, numel).
+    The first `blocks` programs have [0, first), the others [first, numel); these and serve_from in units of UNIT.
     """
     pid = tl.program_id(0)
-    start, end, p, low, high = tl.zeros((), tl.int64), first.to(tl.int64), pid, pid * 0, programs
+    middle, last = first.to(tl.int64) * UNIT, numel.to(tl.int64) * UNIT
+    start, end, p, low, high = tl.zeros((), tl.int64), middle, pid, pid * 0, programs
     if pid >= blocks:
-        start, end, p, low, high = first.to(tl.int64), numel.to(tl.int64), pid - blocks, programs, all_programs
+        start, end, p, low, high = middle, last, pid - blocks, programs, all_programs
     j = low + tl.arange(0, SUMS)
     mean = tl.sum(tl.load(sums + j, mask=j < high, other=0.0), 0) / (end - start).to(tl.float32)
     i = start + p.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -85,7 +87,7 @@ def adam_kernel(
     new = decay * tl.load(w + i, mask=i < end, other=0.0) - lr * change
     tl.store(w + i, new, mask=i < end)
     if serving is not None:
-        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=(i >= serve_from) & (i < end))
+        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=(i >= serve_from * UNIT) & (i < end))
 
 
 @triton.jit(do_not_specialize=["M"])

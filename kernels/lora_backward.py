@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ogpstream.kernels.configs import Lora, config_for
+from ogpstream.kernels.configs import Config, config_for
 from ogpstream.kernels.device_lora import expand_kernel, gradient_kernel, shrink_kernel
-from ogpstream.kernels.launch import HALF_OR_SINGLE, launch, power_of_two, require, require_rows, written
+from ogpstream.kernels.launch import (
+    HALF_OR_SINGLE,
+    launch,
+    power_of_two,
+    require,
+    require_rows,
+    unit_of,
+    written,
+)
 from ogpstream.kernels.optimizer import sum_splits
 
 _SINGLE = (torch.float32,)
@@ -39,11 +47,12 @@ def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor
     if R == 0:
         return y.zero_(), h
     parts, _ = _shrink(x, None, A, B, scale)
-    tile = _tiles(x).expand
+    config = config_for(x.device)
+    tile = config.lora(x.dtype).expand
     launch(
         expand_kernel, (_blocks(T, tile.tokens), _blocks(D_out, tile.width)), x,
         parts, B, y, h, T, *B.stride(),
-        D_OUT=D_out, R=R, PARTS=len(parts), BT=tile.tokens, BD=tile.width, BR=_rank_block(x, R),
+        D_OUT=D_out, R=R, PARTS=len(parts), BT=tile.tokens, BD=tile.width, BR=_rank_block(config, R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, h
@@ -51,7 +60,7 @@ def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor
 
 def token_splits(T: int, x: Tensor) -> int:
     """How many parts K2 leaves of dA and dB for a sample of T tokens with inputs like x."""
-    tile = _tiles(x).gradient
+    tile = config_for(x.device).lora(x.dtype).gradient
     return max(1, _blocks(T, tile.tokens * tile.steps))
 
 
@@ -106,18 +115,21 @@ def lora_backward_parts(
         return dx
     parts_h, parts_y = _shrink(x if h is None and rank else None, g, A, B, scale)
     h = parts_h if h is None else h[None]
-    tile, rank_block = _tiles(x).gradient, _rank_block(x, rank)
+    config = config_for(x.device)
+    tile, rank_block = config.lora(x.dtype).gradient, _rank_block(config, rank)
     blocks_in, blocks_out = _blocks(D_in, tile.width), _blocks(D_out, tile.width)
     blocks = 2 * blocks_in + blocks_out if rank else blocks_in
+    # a float32 tile has two elements a thread, nothing to load wider, and ptxas then spills 8 bytes
+    unit = 1 if x.dtype == torch.float32 else unit_of(trained.start, R)
     # no more steps than a short sample has, in powers of two: four kernels serve all lengths
     steps = min(tile.steps, power_of_two(_blocks(T, tile.tokens)))
     launch(
         gradient_kernel, (blocks, splits, max(1, _blocks(rank, rank_block))), x,
-        x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start,
+        x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start // unit,
         x.stride(0), g.stride(0), *A.stride(), 0 if base_dx is None else base_dx.stride(0), dx.stride(0),
         dA.stride(0), dA.stride(1), dB.stride(0), dB.stride(1),
-        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=steps,
-        BT=tile.tokens, BD=tile.width, BR=_rank_block(x, R), BK=rank_block,
+        D_IN=D_in, D_OUT=D_out, R=R, RANK=rank, UNIT=unit, PARTS_H=max(1, len(h)), PARTS_Y=len(parts_y), STEPS=steps,
+        BT=tile.tokens, BD=tile.width, BR=_rank_block(config, R), BK=rank_block,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     written(dx, dA, dB)
@@ -177,7 +189,8 @@ def _shrink(
     some = x if x is not None else g
     assert some is not None
     (D_in, R), D_out, T = A.shape, B.shape[1], len(some)
-    tile, rank_block = _tiles(some).shrink, _rank_block(some, R)
+    config = config_for(some.device)
+    tile, rank_block = config.lora(some.dtype).shrink, _rank_block(config, R)
     steps = [min(tile.steps, power_of_two(_blocks(D, tile.width))) for D in (D_in, D_out)]
     splits = [
         0 if v is None else _blocks(D, tile.width * n) for v, D, n in zip((x, g), (D_in, D_out), steps, strict=True)
@@ -206,13 +219,9 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[int, int, in
     return T, D_in, D_out, R
 
 
-def _tiles(x: Tensor) -> Lora:
-    return config_for(x.device).lora(x.dtype)
-
-
-def _rank_block(x: Tensor, R: int) -> int:
+def _rank_block(config: Config, R: int) -> int:
     # 16: the K of the smallest product that tensor cores do; the interpreter would accept less
-    return min(config_for(x.device).rank_block, power_of_two(R, least=16))
+    return min(config.rank_block, power_of_two(R, least=16))
 
 
 def _blocks(n: int, size: int) -> int:

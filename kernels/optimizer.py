@@ -20,6 +20,7 @@ from ogpstream.kernels.launch import (
     power_of_two,
     require,
     require_rows,
+    unit_of,
     written,
 )
 
@@ -91,12 +92,13 @@ def step_(
         require_rows("serving", serving, numel, dtypes=HALF_OR_SINGLE)
     first = numel if first is None else first
     block, S = config_for(w.device).elements, len(parts)
-    source = dict(S=power_of_two(S), BLOCK=block)
+    unit = unit_of(numel, first, serve_from)
+    source = dict(S=power_of_two(S), UNIT=unit, BLOCK=block)
     decay = 1.0 - rule.lr * rule.weight_decay
     if isinstance(rule, Sgd):
         launch(
             sgd_kernel, (triton.cdiv(numel, block),), w,
-            w, parts, serving, numel, serve_from, S, parts.stride(0), float(rule.lr), decay, **source,
+            w, parts, serving, numel, serve_from // unit, S, parts.stride(0), float(rule.lr), decay, **source,
         )  # fmt: skip
         written(w, serving)
         return
@@ -109,14 +111,15 @@ def step_(
     beta1, beta2 = rule.betas
     launch(
         moments_kernel, (sum(programs),), w,
-        parts, rule.exp_avg, rule.exp_avg_sq, sums, numel, first, programs[0], S, parts.stride(0),
+        parts, rule.exp_avg, rule.exp_avg_sq, sums, numel // unit, first // unit, programs[0], S, parts.stride(0),
         float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, STEPS=steps, **source,
     )  # fmt: skip
     launch(
         adam_kernel, (sum(blocks),), w,
-        w, rule.exp_avg, rule.exp_avg_sq, sums, serving, numel, first, blocks[0], programs[0], sum(programs),
-        serve_from, float(rule.lr), decay, float(rule.eps), 1.0 - beta1**rule.step, 1.0 - beta2**rule.step,
-        SUMS=_SUMS, BLOCK=block,
+        w, rule.exp_avg, rule.exp_avg_sq, sums, serving, numel // unit, first // unit, blocks[0], programs[0],
+        sum(programs), serve_from // unit, float(rule.lr), decay, float(rule.eps),
+        1.0 - beta1**rule.step, 1.0 - beta2**rule.step,
+        SUMS=_SUMS, UNIT=unit, BLOCK=block,
     )  # fmt: skip
     written(w, rule.exp_avg, rule.exp_avg_sq, serving)
 

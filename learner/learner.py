@@ -224,20 +224,32 @@ class StreamLearner:
         }
 
     def warm_up(self) -> None:
-        """Compile the kernels of forwards and updates on a CUDA device now, so that none is compiled inside an update.
+        """Compile the kernels of forwards and updates now, so that none is compiled inside an update.
 
-        For one expert of the configured rank with a held part of any rank up to r_c. One call at start; Triton keeps
-        what it compiled on disk. Nothing on a CPU.
+        For the experts that there are, with held parts of any rank up to r_c (held parts without a bound: of the ranks
+        that they have). One call at start, before an `IdleLoop` begins, and again after an expert was added or
+        imported. Triton keeps what it compiled on disk. Nothing where Triton does not compute, as on a CPU.
         """
+        from itertools import combinations_with_replacement
+
+        from ogpstream.kernels import dispatch
+
         model, config, store = self.model, self.config, self.state.store
-        if model.device.type != "cuda":
+        here = torch.empty(0, dtype=model.dtype, device=model.device)
+        if dispatch.backend_for(here, "cross_entropy").name != "triton":
             return
         from ogpstream.kernels.triton_backend import warm_up
 
-        most = config.rank + (config.held_rank or 0)
-        first = -(-config.rank // store.multiple) * store.multiple
-        ranks = range(first, max(first, most) + store.multiple, store.multiple)
-        warm_up([(site.d_in, site.d_out, rank, slice(0, config.rank)) for site in store.sites for rank in ranks],
+        experts = [store.expert(name) for name in store.names]
+        widths = sorted(max([config.held_rank or 0, *(held.rank for held in expert.held)]) + expert.rank
+                        for expert in experts)
+        ranks, most, step = {expert.rank for expert in experts}, sum(widths[-config.max_active:]), store.multiple
+        columns = range(-(-min(ranks) // step) * step, most + step, step)
+        # an expert's columns come after those of the others that are active with it
+        starts = {sum(before) for n in range(config.max_active)
+                  for before in combinations_with_replacement(sorted(ranks), n)}
+        warm_up([(site.d_in, site.d_out, R, slice(start, start + rank))
+                 for site in store.sites for R in columns for rank in ranks for start in starts if start + rank <= R],
                 dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
 
     # learning

@@ -69,7 +69,7 @@ def run_case(
             score = truth.score(job.read(job.run()))
             # the runs after the first are warm: nothing is compiled in them
             kernels = launches(name, job.run)
-            graph = graph_seconds(job.run, timer) if graphs else None
+            graph = graph_seconds(job.run, timer) if graphs and PROVIDERS[name].capturable else None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -208,6 +208,10 @@ def _measure(
         _count_launches(values["rows"], base, device)
         if log is not None:
             log.rewrite(values["rows"])
+    if graphs:
+        values["without_graphs"] = sorted({row["provider"] for row in values["rows"] if row["graph_ms_p50"] is None})
+        console.print(f"timed without CUDA graphs in some case: {', '.join(values['without_graphs']) or 'none'}",
+                      highlight=False, soft_wrap=True)
     values["suggestion"] = suggestion(values["rows"])
     values["seconds"] = time.perf_counter() - started
     return values, wrong

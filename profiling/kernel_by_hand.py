@@ -1,9 +1,9 @@
 """The baseline by hand: in-place `addmm_` of cuBLAS, one fused AdamW, a projection of two products.
 
-What makes it fast, beside the library: factors that serve are scaled when they are published; A is kept transposed, so
-that all masters and gradients are contiguous slices of one tensor and one kernel steps them all; products write where
-their result is wanted; a streamed P comes as one copy on a stream of its own, into a buffer for all of it. That is more
-device memory than the two chunks of ours, and faster.
+What makes it fast, beside the library: factors are published twice in one launch, plain and scaled, so that nothing is
+left to scale in a forward or a backward; A is kept transposed, so that all masters and gradients are contiguous slices
+of one tensor and one kernel steps them all; products write where their result is wanted; a streamed P comes as one copy
+on a stream of its own, into a buffer for all of it. That is more device memory than ours takes, and faster.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _backward(x: Tensor, g: Tensor, h: Tensor, A: Tensor, B: Tensor, dA_t: Tensor, dB: Tensor, dx: Tensor) -> None:
-    """Four products: Y, then A's gradient transposed, B's, and dx over the base's. The trained columns come first."""
+    """Four products: Y, then A's gradient transposed, B's, and dx over the base's. The trained columns come first.
+
+    h and B are scaled, A is not: Y = g (s B).T, dA = x.T Y, dB = h.T g, dx += Y A.T.
+    """
     rank = len(dA_t)
     Y = g @ B.T
     _product(Y[:, :rank].T, x, dA_t)
@@ -79,8 +82,9 @@ class ByHand:
         if case.op != "cross_entropy":
             self._masters = _transposed(problem.gradient if case.op == "projection" else problem.masters)
         if case.has_factors:
-            # scale is in B: y = (x A) (s B), Y = g (s B).T as it is wanted
-            self._served = [(A, (B * problem.scale[:, None]).to(B.dtype)) for A, B in problem.packed]
+            # a forward takes (s A, B), so that the h it keeps is the scaled one; a backward takes (A, s B)
+            self._forward_factors = [((A * problem.scale).to(A.dtype), B) for A, B in problem.packed]
+            self._backward_factors = [(A, (B * problem.scale[:, None]).to(B.dtype)) for A, B in problem.packed]
         if case.projects:
             self._blocks = self._masters[: problem.masters.numel_A].view(len(problem.rows), -1, case.D_in)
             self._stored = torch.stack(problem.rows)
@@ -93,7 +97,7 @@ class ByHand:
     def job(self) -> Job:
         case, p = self._problem.case, self._problem
         if case.op == "lora_forward":
-            inputs = [(x, A, B) for x, (A, B) in zip(p.x, self._served, strict=True)]
+            inputs = [(x, A, B) for x, (A, B) in zip(p.x, self._forward_factors, strict=True)]
             return Job(lambda: [self._forward_of(*each) for each in inputs], lambda y: {"y": y})
         if case.op == "projection":
             return Job(self._projection, lambda _: {"A": self._A(self._masters)})
@@ -125,13 +129,12 @@ class ByHand:
 
     def _backward_job(self, dx: list[Tensor]) -> Callable[[], None]:
         p = self._problem
-        h = [(h / p.scale).to(p.case.torch_dtype) for h in p.h]
+        h = [h.to(p.case.torch_dtype) for h in p.h]
         dA = [A.T for A in self._A(self._gradient)]
         dB = self._B(self._gradient)
-        inputs = [(x, g, kept, A, B) for x, g, kept, (A, B) in zip(p.x, p.g, h, self._served, strict=True)]
+        inputs = [(x, g, kept, A, B) for x, g, kept, (A, B) in zip(p.x, p.g, h, self._backward_factors, strict=True)]
         in_place = [(*each, *outputs) for each, *outputs in zip(inputs, dA, dB, dx, strict=True)]
         to_new = [(*each, out, p.case.r) for each, out in zip(inputs, dx, strict=True)]
-        all_dB = self._gradient[p.masters.numel_A :]
 
         def backward() -> None:
             if self._compiled:
@@ -140,13 +143,11 @@ class ByHand:
             else:
                 for each in in_place:
                     self._backward_of(*each)
-            # h is kept as it is, and the scale of the trained columns is one number
-            all_dB.mul_(SCALE_TRAINED)
 
         return backward
 
     def _step_job(self) -> Callable[[], None]:
-        p, numel_A = self._problem, self._problem.masters.numel_A
+        p = self._problem
         device = p.device
         masters = torch.nn.Parameter(self._masters)
         masters.grad = self._gradient
@@ -156,17 +157,16 @@ class ByHand:
             "step": torch.tensor(STEP - 1.0, device=device),
             "exp_avg": _transposed(p.exp_avg), "exp_avg_sq": _transposed(p.exp_avg_sq),
         }  # fmt: skip
-        serving = torch.empty_like(self._masters, dtype=p.case.torch_dtype)
-        sizes = [numel_A, len(serving) - numel_A]
-        (A, B), (served_A, served_B) = self._masters.split(sizes), serving.split(sizes)
+        # the trained columns have one scale
+        scales = torch.tensor([[1.0], [SCALE_TRAINED]], device=device)
+        serving = torch.empty(2, len(self._masters), dtype=p.case.torch_dtype, device=device)
 
         def step() -> None:
             optimizer.step()
             if p.case.m:
                 self._arrived()
                 self._project_of(self._blocks, self._rows)
-            served_A.copy_(A)
-            torch.mul(B, SCALE_TRAINED, out=served_B)
+            torch.mul(self._masters, scales, out=serving)
 
         return step
 

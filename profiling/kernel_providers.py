@@ -29,11 +29,17 @@ TRITON = ("ours", "separate")
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the operations `ops`."""
+    """One way to do the operations `ops`.
+
+    Attributes:
+        capturable: its calls may be captured in a CUDA graph. Autograd runs a backward on the stream of its forward,
+            which is not the one that captures: the attempt would spoil the capture and what is timed after it.
+    """
 
     what: str
     ops: frozenset[Operation]
     make: Callable[[Problem], Job]
+    capturable: bool = True
 
 
 def by_backend(backend: Any, problem: Problem) -> Job:
@@ -95,10 +101,11 @@ def by_backend(backend: Any, problem: Problem) -> Job:
 def ours(problem: Problem) -> Job:
     """The fused call: parts of dA and dB instead of gradients, all of an update in one call.
 
-    `lora_backward` stops at unsummed parts, as K3 takes them: for sums look at `separate`, for all work at `update`.
+    `lora_backward` ends with one sum of the parts of all linears, which K3 makes as it goes in an `update`: it leaves
+    the gradients that the others leave.
     """
     from ogpstream.kernels.lora_update import Block, Linear, Parts, lora_backward_project, update_
-    from ogpstream.kernels.optimizer import Adam
+    from ogpstream.kernels.optimizer import Adam, sum_splits
     from ogpstream.kernels.triton_backend import BACKEND
 
     case, p = problem.case, problem
@@ -116,10 +123,10 @@ def ours(problem: Problem) -> Job:
         def backward() -> tuple[Tensor, list[Tensor]]:
             parts = Parts(slab.flat, [case.T], p.x[0])
             dx = [parts.add(linear) for linear in linears]
-            return parts.complete(), dx
+            return sum_splits(parts.complete()), dx
 
         def gradients(out: tuple[Tensor, list[Tensor]]) -> dict[str, list[Tensor]]:
-            sums = type(slab)(out[0].sum(0), case)
+            sums = type(slab)(out[0], case)
             return {"dA": sums.A, "dB": sums.B, "dx": out[1]}
 
         return Job(backward, gradients)
@@ -181,9 +188,9 @@ PROVIDERS: dict[str, Provider] = {
     # seconds of compilation for each of them
     "compiled": Provider("torch.compile of addmm", ALL - {"lora_forward", "step_projection"}, compiled),
     "peft": Provider("PEFT, autograd, fused AdamW, projection a linear; float32 adapters", ALL,
-                     lambda p: Peft(p).job()),
+                     lambda p: Peft(p).job(), capturable=False),
     "peft_autocast": Provider("the same under autocast", frozenset({"lora_forward", "lora_backward", "update"}),
-                              lambda p: Peft(p, autocast=True).job()),
+                              lambda p: Peft(p, autocast=True).job(), capturable=False),
 }
 
 

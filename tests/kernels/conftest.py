@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.runtime import interpreter
 
 from ogpstream.kernels.configs import CONFIGS, Config, Lora, Tile, assume_capability
 
@@ -23,6 +26,31 @@ GUARD = 512  # elements of the guard band on either side of a buffer
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once_a_launch() -> Iterator[None]:
+    """The interpreter replaces all of triton.language at every call of device code: two fifths of its time."""
+    patch_language, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[tuple[bool, bool]] = set()
+
+    def once(fn: Any) -> Any:
+        # what is replaced depends only on which of the two modules a function sees
+        seen = list(map(id, fn.__globals__.values()))
+        modules = id(tl) in seen, id(tl.core) in seen
+        if modules in done:
+            return SimpleNamespace(restore=lambda: None)
+        done.add(modules)
+        return patch_language(fn)
+
+    def run_fresh(self: Any, *args: Any, **options: Any) -> None:
+        done.clear()
+        run(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        patch.setattr(interpreter.GridExecutor, "__call__", run_fresh)
+        yield
 
 
 @dataclass(frozen=True)
@@ -94,15 +122,20 @@ def close() -> Callable[..., None]:
 
 
 @pytest.fixture
-def short_splits() -> Iterator[None]:
+def with_tiles() -> Iterator[Callable[[Config], None]]:
+    """`with_tiles(config)`: from now on every device has these tiles."""
+    made_up = (0, 1)
+    with pytest.MonkeyPatch.context() as patch, assume_capability(made_up):
+        yield lambda config: patch.setitem(CONFIGS, made_up, config)
+
+
+@pytest.fixture
+def short_splits(with_tiles: Callable[[Config], None]) -> None:
     """Tiles of one or two steps, so that a small problem is cut into many splits in every direction."""
     single = Lora(shrink=Tile(16, 16, steps=2), expand=Tile(16, 16), gradient=Tile(16, 16, steps=2))
     half = Lora(shrink=Tile(16, 32), expand=Tile(16, 16), gradient=Tile(16, 16, steps=2))
-    tiles = Config(half, single, coefficients=Tile(16, 16, steps=2), removal=Tile(16, 16), elements=64, rank_block=16)
-    made_up = (0, 1)
-    with pytest.MonkeyPatch.context() as patch, assume_capability(made_up):
-        patch.setitem(CONFIGS, made_up, tiles)
-        yield
+    projection = Tile(16, 16, steps=2), Tile(16, 16)
+    with_tiles(Config(half, single, *projection, elements=64, rank_block=16))
 
 
 @pytest.fixture
@@ -132,11 +165,12 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
 
 @pytest.fixture
 def permuted(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Callable[[int], None]:
-    """`permuted(seed)`: from now on the interpreter runs the programs of each launch in a random order."""
-    if device.type != "cpu":
-        pytest.skip("on a GPU programs run in no order anyway")
-    from triton.runtime import interpreter
+    """`permuted(seed)`: from now on the interpreter runs the programs of each launch in a random order.
 
+    On a GPU they run in no order anyway: there it changes nothing, and two runs must agree all the same.
+    """
+    if device.type != "cpu":
+        return lambda seed: None
     builder = interpreter.interpreter_builder
     set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
     order: list[int] = []

@@ -214,3 +214,29 @@ def test_a_missing_linear_is_an_error_and_not_a_nan(device, orthonormal_rows, pr
     with pytest.raises(ValueError, match="block 1: its basis has width 40, its A 30"):
         lora_backward_project([linears], model.slab, Sgd(0.1), [blocks[0], narrow])
     assert torch.equal(model.slab, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", [False, True])
+def test_an_update_of_full_size_is_bitwise_reproducible(resident, problem, orthonormal_rows):
+    """Where hundreds of programs run at once: masters, moments, serving copy and dx of three runs."""
+    linears, D, r, T = 4, 2048, 8, 1024
+    problems = [problem(T, D, D, 48, torch.bfloat16, seed=n) for n in range(linears)]
+    rows = orthonormal_rows(256, D)
+    rows = rows if resident else rows.cpu().pin_memory()
+    runs = []
+    for _ in range(3):
+        slab = torch.linspace(-1, 1, 2 * linears * D * r, device="cuda")
+        A, B = slab[: linears * D * r].view(D, linears * r), slab[linears * D * r :].view(linears, r, D)
+        m, v, serving = torch.zeros_like(slab), torch.zeros_like(slab), torch.empty_like(slab, dtype=torch.bfloat16)
+        sample = [
+            Linear(*p.operands, slice(8, 16), A[:, r * i : r * i + r], B[i], base_dx=p.base_dx)
+            for i, p in enumerate(problems)
+        ]
+        dx, coef = lora_backward_project(
+            [sample], slab, Adam(m, v, **OPTIONS), [Block(A, rows, resident)], serving=serving
+        )
+        runs.append((slab, m, v, serving, *dx[0], *coef))
+        assert bool(slab.isfinite().all())
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))

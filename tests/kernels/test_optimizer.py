@@ -82,6 +82,13 @@ def test_the_two_parts_of_a_slab_have_their_own_rms(first, size, device, close, 
     guarded()
 
 
+@pytest.mark.parametrize("serve_from", [0, 3, 64])
+def test_sgd_serves_what_lies_from_a_place_on(serve_from, device):
+    w, serving = normal(300, device=device), torch.zeros(300, dtype=torch.bfloat16, device=device)
+    step_(w, normal(2, 300, device=device, seed=1), Sgd(0.5), serving=serving, serve_from=serve_from)
+    assert torch.equal(serving[serve_from:], w[serve_from:].bfloat16()) and not serving[:serve_from].any()
+
+
 def test_many_blocks_are_summed_by_few_programs(device, close, short_splits, monkeypatch):
     """More blocks than one program adds up: each of the first launch then goes through several."""
     monkeypatch.setattr(optimizer, "_SUMS", 8)

@@ -10,6 +10,10 @@ from typer.testing import CliRunner
 
 from ogpstream.profiling import bench_kernels, kernel_providers
 from ogpstream.profiling.__main__ import app
+from ogpstream.profiling.bench_kernels import run_case
+from ogpstream.profiling.gpu_timer import ClockTimer
+from ogpstream.profiling.kernel_cases import Case
+from ogpstream.profiling.kernel_floor import Rates
 from ogpstream.profiling.kernel_providers import PROVIDERS
 from ogpstream.profiling.kernel_report import WHERE, suggestion, suggestion_text
 
@@ -125,6 +129,20 @@ def test_cublas_is_suggested_where_it_wins_by_more_than_noise():
     assert "nothing to suggest" in suggestion_text([], None)[0]
 
 
+def test_only_what_can_be_captured_is_captured(monkeypatch):
+    """Autograd's backward on the stream of its forward would spoil the capture, and what is timed after it."""
+    captured = []
+    monkeypatch.setattr(bench_kernels, "graph_seconds", lambda run, timer: captured.append(run) or 1.0)
+    case = Case("lora_backward", "bf16", T=5, L=1, D_in=16, D_out=16, R=8, r=4)
+    rates = Rates(1e9, 1e9, dict.fromkeys(("bf16", "fp16", "fp32"), 1e9))
+    rows = run_case(case, ["addmm", "peft", "peft_autocast", "cublas"], torch.device("cpu"), ClockTimer(), rates,
+                    budget=0.0, least=1, graphs=True, failures={})
+    assert {row["provider"]: row["graph_ms_p50"] for row in rows} == {
+        "addmm": 1000.0, "peft": None, "peft_autocast": None, "cublas": 1000.0,
+    }  # fmt: skip
+    assert len(captured) == 2
+
+
 @pytest.mark.gpu
 def test_it_runs_on_a_gpu(tmp_path):
     done = CliRunner().invoke(app, ["bench", "kernels", "--quick", "--graphs", "--json", "--out", str(tmp_path)])
@@ -134,3 +152,5 @@ def test_it_runs_on_a_gpu(tmp_path):
     assert {row["l2"] for row in values["rows"]} == {"hot", "cold"}
     assert all(row["ms_p50"] > 0 for row in values["rows"])
     assert all(row["launches"] for row in values["rows"] if row["provider"] == "ours")
+    assert all(row["graph_ms_p50"] > 0 for row in values["rows"] if row["provider"] == "ours")
+    assert {"peft", "peft_autocast"} <= set(values["without_graphs"])

@@ -128,6 +128,15 @@ def test_launches_of_ours_are_recorded_and_of_torch_unknown():
     assert counted == {"ours": 8, "separate": 10, "addmm": None}
 
 
+def test_the_backward_of_ours_ends_with_the_sums_that_others_have():
+    """Two a linear, and one sum of the parts of all; apart, a sum each."""
+    case = Case("lora_backward", "fp32", **SIZES | dict(T=300))
+    counted = {name: launches(name, solve(case, name)[1].run) for name in TRITON}
+    assert counted == {"ours": 2 * 2 + 1, "separate": 2 * 3}
+    truth, job = solve(case, "ours")
+    assert is_correct(case, truth.score(job.read(job.run())))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is missing there")
 def test_what_is_left_out_has_a_reason_and_a_remedy(monkeypatch):
     monkeypatch.setattr("ogpstream.profiling.kernel_providers._interpreted", lambda: False)
