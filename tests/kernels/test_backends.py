@@ -85,8 +85,10 @@ def stream(model, updates, **changes):
     return learner.state.store.expert("default").factors, logits, losses
 
 
-@pytest.mark.parametrize("optimizer,updates", [("sgd", 20), ("adam", 50)])
-def test_the_learner_learns_the_same_with_triton(optimizer, updates, tiny_model, monkeypatch, close):
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypatch, close):
+    updates = 50
+
     def model():
         return tiny_model("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=40)
 

@@ -23,7 +23,6 @@ from ogpstream.kernels.lora_update import Block, update_
 from ogpstream.kernels.optimizer import Adam, Sgd
 from ogpstream.kernels.triton_backend import warm_up
 from ogpstream.learner import LearnerConfig, RetentionProbe, Sample, StreamLearner
-from ogpstream.learner.step import sample_loss
 
 TARGET = CUDABackend(GPUTarget("cuda", 90, 32))
 # masters lie in host memory: only a forced backend in the interpreter steps and projects them by Triton
@@ -136,8 +135,6 @@ def test_of_a_learner(device, tiny_model, monkeypatch, with_tiles):
                 assert learner.learn_one(sample).status == "learned"
             learner.consolidate(1)
             RetentionProbe(learner.attachment, [ids(5), ids(18)]).measure()
-            for prompt in (1, 2, 3):
-                sample_loss(learner._updater.walk, ids(6), prompt)
             with torch.no_grad():
                 learner.model(torch.tensor([ids(1)], device=device))
         return keys(record, names)
