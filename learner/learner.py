@@ -239,6 +239,7 @@ class StreamLearner:
         ranks = range(first, max(first, most) + store.multiple, store.multiple)
         warm_up([(site.d_in, site.d_out, rank, slice(0, config.rank)) for site in store.sites for rank in ranks],
                 dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
+        self._updater.proposer.warm_up(store.layout(config.rank))
 
     # learning
 

@@ -95,6 +95,8 @@ def sample_gradients(
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
         del entry, exit_
         yield "backward"
+    for sink in sinks:
+        sink.finish()
     # read once, at the end: a number read in each unit would have the host wait for the device
     readings = []
     for counts, (ids, prompt_length) in zip(seen, samples, strict=True):
