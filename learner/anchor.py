@@ -51,6 +51,7 @@ class BaseAnchor:
         for rows in in_pieces(self.rows, block.device, block.dtype):
             product = product + rows.T @ (weights[start : start + len(rows)] * (rows @ block))
             start += len(rows)
+            del rows  # before the next piece is there
         return product
 
     def pull_(self, layout: Layout, factors: Tensor, key: str, *, scaling: float, strength: float) -> None:

@@ -42,7 +42,7 @@ class Proposer:
         self._names = ("factors",) if config.optimizer == "sgd" else ("factors", "exp_avg", "exp_avg_sq")
 
     def run(self, expert: Expert, gradients: Sequence[Tensor]) -> Generator[str, None, Proposal]:
-        """One step on the sum of some sinks' slabs, at least one, which stay as they are.
+        """One step on the sum of some sinks' slabs, at least one, which may be changed.
 
         Yields:
             "gradient", "optimizer" and "projection", each once for every piece.

@@ -107,9 +107,11 @@ class Protection:
             block = layout.a_block(slab, key)
             energy = block.square().sum()
             # all that is at hand at once: 8 x fewer products of a size where calls dominate than by chunks of 32
-            coefficients = [dispatch.project_out_(block, rows, chunk=len(rows))
-                            for rows in self.staging.rows(self.bases[key], count, block)]
-            use.shares[key] = torch.cat([own.square().sum(1) for own in coefficients]), energy
+            squares = []
+            for rows in self.staging.rows(self.bases[key], count, block):
+                squares.append(dispatch.project_out_(block, rows, chunk=len(rows)).square().sum(1))
+                del rows  # before the next piece is there
+            use.shares[key] = torch.cat(squares), energy
         return use
 
     def used(self, use: Use) -> dict[str, Tensor]:

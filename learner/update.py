@@ -180,15 +180,15 @@ class Updater:
         refusal = essential[0] if all(essential) else None
         moving = [g for g, loss, r in zip(gradients, losses, refusals, strict=True)
                   if r is None and loss >= config.settled_below]
+        learned = tuple(refusal is None and self._is_learned(lesson, reading)
+                        for lesson, reading in zip(lessons, readings, strict=True))
+        offered = [self.staging.gathered(expert.layout, gradient)
+                   for gradient, counts in zip(gradients, learned, strict=True) if counts]
         proposal = None
         if refusal is None and moving:
             proposal = yield from self.proposer.run(expert, moving)
             if not proposal.finite:
                 refusal = "the update is not finite"
-        learned = tuple(refusal is None and self._is_learned(lesson, reading)
-                        for lesson, reading in zip(lessons, readings, strict=True))
-        offered = [self.staging.gathered(expert.layout, gradient)
-                   for gradient, counts in zip(gradients, learned, strict=True) if counts]
         room = None
         if refusal is None and (proposal is not None or offered):
             room = self._reserve(len(offered))

@@ -35,6 +35,9 @@ class _ResidentElsewhere(Resident):
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
         return flat.clone()
 
+    def gathered(self, layout: Layout, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
 
 MODES: dict[str, Callable[[bool], Staging]] = {
     "lean": lambda shared: _LeanInThrees(CPU, alone=shared),
