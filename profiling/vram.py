@@ -12,12 +12,12 @@ knows what kernels allocate inside themselves and what its own rounding costs.
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import transformers
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from ogpstream.learner import LearnerConfig
 from ogpstream.learner.anchor import COLUMNS, BaseAnchor
@@ -28,7 +28,7 @@ from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
-from ogpstream.profiling.fake_device import DEVICE
+from ogpstream.profiling.fake_device import DEVICE, fake_device
 
 # units of forward and backward; in the others of an update nothing of them is alive
 _ACTIVE = frozenset({"plan", "forward", "loss", "recompute", "backward"})
@@ -42,6 +42,7 @@ class Usage:
         shadow: the second serving copy.
         choice: how activations were kept.
         tokens: of the sample, rows: supervised ones.
+        device: measured on, or "fake".
     """
 
     learning_state: int
@@ -51,6 +52,7 @@ class Usage:
     choice: str
     tokens: int
     rows: int
+    device: str
 
     @property
     def total(self) -> int:
@@ -61,16 +63,25 @@ class Usage:
         return asdict(self)
 
 
-def llama(*, layers: int, width: int = 2048, inner: int = 5632, heads: int = 32, key_heads: int = 4,
-          vocabulary: int = 32000, positions: int = 2048, device: torch.device = DEVICE,
-          dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """A model of Llama's architecture with random weights; the defaults are TinyLlama-1.1B's, but for `layers` (22)."""
-    config = transformers.LlamaConfig(
+def measure_update(architecture: PretrainedConfig, config: LearnerConfig, *, tokens: int, rows: int, experts: int = 2,
+                   dtype: str = "bfloat16") -> Usage:
+    """`update_usage` of a model with random weights: on the CUDA device, or without one on one that is not there."""
+    with ExitStack() as stack:
+        device = torch.device("cuda") if torch.cuda.is_available() else DEVICE
+        if device == DEVICE:
+            stack.enter_context(fake_device())
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype)).eval()
+        return update_usage(model, config, tokens=tokens, rows=rows, experts=experts)
+
+
+def llama_config(*, layers: int, width: int = 2048, inner: int = 5632, heads: int = 32, key_heads: int = 4,
+                 vocabulary: int = 32000, positions: int = 2048) -> LlamaConfig:
+    """Llama's architecture; the defaults are TinyLlama-1.1B's, but for `layers` (22)."""
+    return LlamaConfig(
         hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=key_heads, vocab_size=vocabulary, max_position_embeddings=positions,
     )
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, rows: int, experts: int = 2,
@@ -107,7 +118,8 @@ def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, 
         # the last version made the one before it free
         kept = allocated.alive(meter) - served
         return Usage(max(kept, *(one[0] for one in found)), max(one[1] for one in found), served,
-                     _serving_bytes(state.store), str(updater.preflight.plan(tokens, rows)), tokens, rows)
+                     _serving_bytes(state.store), str(updater.preflight.plan(tokens, rows)), tokens, rows,
+                     "fake" if device == DEVICE else device.type)
     finally:
         attachment.detach()
 

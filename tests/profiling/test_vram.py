@@ -22,7 +22,7 @@ from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.profiling import vram
 from ogpstream.profiling.fake_device import DEVICE, fake_device
-from ogpstream.profiling.vram import Usage, llama, update_usage
+from ogpstream.profiling.vram import Usage, llama_config, update_usage
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 
@@ -34,7 +34,9 @@ SMALL: dict[str, Any] = dict(width=64, inner=96, heads=4, key_heads=2, vocabular
 def _usage(layers: int, *, tokens: int = 1024, rows: int = 512, experts: int = 8, held_rank: int | None = None,
            small: bool = False, **changes: Any) -> Usage:
     with fake_device():
-        model = llama(layers=layers, **SMALL if small else {})
+        with torch.device(DEVICE):
+            model = tf.AutoModelForCausalLM.from_config(llama_config(layers=layers, **SMALL if small else {}),
+                                                        dtype=torch.bfloat16).eval()
         return update_usage(model, LearnerConfig(**{**SPEC, **changes}), tokens=tokens, rows=rows, experts=experts,
                             held_rank=held_rank)
 
