@@ -16,9 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ogpstream.learner.staging import in_pieces
 from ogpstream.memory.layout import Layout
+from ogpstream.memory.pinned import host_copy
 
 # eigenvectors kept per input: 256 x 2048 x 4 B = 2 MiB, as much as P
 COLUMNS = 256
@@ -40,12 +43,16 @@ class BaseAnchor:
         rest = scaled[stop:]
         floor = float(rest.mean()) if len(rest) else 0.0
         kept = slice(protected, stop)
-        return cls(vectors[:, kept].T.float().contiguous(), (scaled[kept] - floor).float(), floor)
+        return cls(host_copy(vectors[:, kept].T.float()), (scaled[kept] - floor).float(), floor)
 
     def times(self, block: Tensor) -> Tensor:
-        """C block, shape `[D_in, K]`."""
-        rows = self.rows.to(block)
-        return self.floor * block + rows.T @ (self.weights.to(block)[:, None] * (rows @ block))
+        """C block, shape `[D_in, K]`, on the block's device."""
+        product, weights, start = self.floor * block, self.weights.to(block)[:, None], 0
+        for rows in in_pieces(self.rows, block.device, block.dtype):
+            product = product + rows.T @ (weights[start : start + len(rows)] * (rows @ block))
+            start += len(rows)
+            del rows  # before the next piece is there
+        return product
 
     def pull_(self, layout: Layout, factors: Tensor, key: str, *, scaling: float, strength: float) -> None:
         """One step on E for all linears of this input, in place.
@@ -61,7 +68,9 @@ class BaseAnchor:
             A, CA, B = block[:, own], weighted[:, own], layout.b(factors, site)
             outer, inner = scaling**2 * (B @ B.T), scaling**2 * (A.T @ CA)
             # a step over 1 / (largest eigenvalue) would grow what it should shrink; traces bound the eigenvalues
-            bound = max(float(outer.trace()) * self._largest, float(inner.trace()), 1e-30)
+            # both at once: on a GPU a number that is read is a wait for the device
+            of_B, of_A = torch.stack([outer.trace(), inner.trace()]).tolist()
+            bound = max(of_B * self._largest, of_A, 1e-30)
             step = min(strength, 0.5 / bound)
             change = step * (inner @ B)
             A.sub_(CA @ outer, alpha=step)

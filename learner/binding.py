@@ -46,6 +46,9 @@ class GradientSink:
         self.layout.a(self.slab, index).add_(dA)
         self.layout.b(self.slab, index).add_(dB)
 
+    def finish(self) -> None:
+        """All gradients of a sample are added."""
+
 
 # the versions pinned in this thread or task, the innermost last
 _pins: ContextVar[tuple[tuple[Binding, Served | None], ...]] = ContextVar("ogpstream_pins", default=())

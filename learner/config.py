@@ -13,6 +13,7 @@ from ogpstream.learner.errors import ConfigError
 Optimizer = Literal["adam", "sgd"]
 Guard = Literal["fold", "gradient", "none"]
 BasisScope = Literal["layer", "shared"]
+LearningState = Literal["lean", "resident"]
 RingKeep = Literal["recent", "reservoir", "balanced"]
 RingDraw = Literal["uniform", "loss", "gradient_norm"]
 
@@ -85,13 +86,16 @@ class LearnerConfig:
     # memory
     activation_budget_mib: int = 256  # on the model's device, for one sample: what is kept, and prompts, adapt to it
 
+    # lean: 2 MB of masters, moments and gradients at a time at width 2048; resident: all of them, 31 MiB there
+    learning_state: LearningState = "lean"  # on a GPU; on a CPU they are in its memory anyway
+
     # durability
     snapshot_every: int = 100  # updates between snapshots of the state folder
     seed: int = 0
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("optimizer", "guard", "basis_scope", "ring_keep", "ring_draw"):
+        for name in ("optimizer", "guard", "basis_scope", "ring_keep", "ring_draw", "learning_state"):
             allowed = get_args(hints[name])
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")

@@ -8,7 +8,7 @@ folded, and B keeps moving what was protected. The guard "none" has no basis.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.fold import Cut, add_to_held, remove
 from ogpstream.learner.restart import fresh_factors, read_directions
+from ogpstream.learner.staging import Staging
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout, SiteShape
+from ogpstream.memory.pinned import host_copy
 
 # |p.T Z|^2 over |Z|^2 above which an update used direction p
 USED = 1e-3
@@ -41,15 +43,32 @@ class Growth:
         return Growth(self.admitted + other.admitted, self.replaced + other.replaced, self.pruned + other.pruned)
 
 
+@dataclass
+class Use:
+    """By basis, |p.T Z|^2 of each direction p, shape `[occupied rows]`, and |Z|^2, of the A or dA in all blocks."""
+
+    shares: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __iadd__(self, other: Use) -> Use:
+        for key, (squares, energy) in other.shares.items():
+            before = self.shares.get(key)
+            self.shares[key] = (squares, energy) if before is None else (before[0] + squares, before[1] + energy)
+        return self
+
+
 class Protection:
     """The bases of all adapted linears.
 
     Args:
         sites: the adapted linears; sites with the same `basis` share one P.
+
+    Attributes:
+        staging: brings P to where a slab is.
     """
 
     def __init__(self, sites: Sequence[SiteShape], config: LearnerConfig) -> None:
         self.config = config
+        self.staging = Staging(torch.device("cpu"))
         self.sites = tuple(sites)
         # told of what each cut of a held part drops: (expert, site, the dropped matrix)
         self.on_cut: Callable[[str, int, Held], None] | None = None
@@ -70,25 +89,34 @@ class Protection:
         """Directions in all bases together."""
         return sum(basis.columns for basis in self.bases.values())
 
-    def project_(self, layout: Layout, slab: Tensor) -> dict[str, Tensor]:
-        """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place.
+    def project_(self, layout: Layout, slab: Tensor) -> Use:
+        """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place, on the slab's device.
 
         Returns:
-            By basis, the mask `[rows]` of the directions that the slab had a share in: for `record_use` once the
-            update is committed.
+            What share the slab had in each direction: for `used`.
         """
-        used: dict[str, Tensor] = {}
-        for key, basis in self.bases.items():
-            rows = _occupied(basis)
-            if not len(rows):
+        use = Use()
+        for key in layout.bases:
+            count = len(_occupied(self.bases[key])) if key in self.bases else 0
+            if not count:
                 continue
             block = layout.a_block(slab, key)
             energy = block.square().sum()
-            # masters are host tensors: all chunks of 32 at once, 8 x fewer products of a size where calls dominate
-            coefficients = dispatch.project_out_(block, rows.to(block.dtype), chunk=len(rows))
-            used[key] = torch.zeros(len(basis.rows()), dtype=torch.bool)
-            used[key][: len(rows)] = (coefficients.square().sum(1) > USED * energy).cpu()
-        return used
+            # all that is at hand at once: 8 x fewer products of a size where calls dominate than by chunks of 32
+            squares = []
+            for rows in self.staging.rows(self.bases[key], count, block):
+                squares.append(dispatch.project_out_(block, rows, chunk=len(rows)).square().sum(1))
+                del rows  # before the next piece is there
+            use.shares[key] = torch.cat(squares), energy
+        return use
+
+    def used(self, use: Use) -> dict[str, Tensor]:
+        """By basis, the mask `[rows]` of the directions that were used: for `record_use`, when it is committed."""
+        masks = {}
+        for key, (squares, energy) in use.shares.items():
+            masks[key] = torch.zeros(len(self.bases[key].rows()), dtype=torch.bool)
+            masks[key][: len(squares)] = (squares > USED * energy).cpu()
+        return masks
 
     def record_use(self, used: Mapping[str, Tensor]) -> None:
         """Count one update, in which the directions of these masks were used."""
@@ -98,8 +126,9 @@ class Protection:
     def pull_to_base_(self, layout: Layout, factors: Tensor, scaling: float) -> None:
         """Fade what an expert adds to the base model's own inputs, in place; nothing without a warm start."""
         if self.config.base_anchor:
-            for key, anchor in self.anchors.items():
-                anchor.pull_(layout, factors, key, scaling=scaling, strength=self.config.base_anchor)
+            for key in layout.bases:
+                if key in self.anchors:
+                    self.anchors[key].pull_(layout, factors, key, scaling=scaling, strength=self.config.base_anchor)
 
     def warm_start(self, covariances: Mapping[str, Tensor]) -> None:
         """Protect the leading directions of the base's inputs for good, and anchor the others.
@@ -260,7 +289,7 @@ class Protection:
             values = dict(meta[key])
             if "anchor_rows" in own:
                 self.anchors[key] = BaseAnchor(
-                    own.pop("anchor_rows"), own.pop("anchor_weights"), values.pop("anchor_floor")
+                    host_copy(own.pop("anchor_rows")), own.pop("anchor_weights"), values.pop("anchor_floor")
                 )
             basis.load_state_dict(own, values)
             basis.check()

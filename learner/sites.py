@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ogpstream.kernels import dispatch
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.errors import ConfigError, ModelError, StateError
+from ogpstream.learner.meter import learning_state
 from ogpstream.memory.adapters import Pack
 from ogpstream.memory.layout import SiteShape
 
@@ -109,9 +110,10 @@ class _Adapted(torch.autograd.Function):
         # the rows of each sample of the batch lie together
         for number, sink in enumerate(sinks):
             own = slice(number * len(rows) // len(sinks), (number + 1) * len(rows) // len(sinks))
-            dA, dB, dx = dispatch.lora_backward(rows[own], g[own], pack.A, pack.B, pack.scale,
-                                                trained=pack.trained[sink.trained], h=h[0][own], base_dx=base_dx[own])
-            sink.add(site.index, dA, dB)
+            with learning_state(but=rows[own].nbytes):
+                dA, dB, dx = dispatch.lora_backward(rows[own], g[own], pack.A, pack.B, pack.scale, h=h[0][own],
+                                                    trained=pack.trained[sink.trained], base_dx=base_dx[own])
+                sink.add(site.index, dA, dB)
             parts.append(dx)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape), None, None, None
 

@@ -95,7 +95,7 @@ class LearnerState:
             AdapterStore(shapes, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                          serve_dtype=model.dtype, device=model.device, max_active=config.max_active,
                          # 16 columns are the least that tensor cores multiply
-                         multiple=16 if model.device.type == "cuda" else 1),
+                         multiple=1 if model.device.type == "cpu" else 16),
             Protection(shapes, config),
             ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=vocabulary, keep=config.ring_keep,
                        draw=config.ring_draw, seed=config.seed),

@@ -89,12 +89,19 @@ def sample_gradients(
             yield "loss"
         seen.append(counts)
 
-    del hidden, part
-    for _ in plan.calls:
+    left = len(plan.calls)
+    del hidden, part, plan
+    while left:
         entry, exit_ = yield from trail.back()
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
         del entry, exit_
+        left -= 1
+        if not left:
+            # of the activations nothing is alive beside what comes next
+            del gradient
         yield "backward"
+    for sink in sinks:
+        sink.finish()
     # read once, at the end: a number read in each unit would have the host wait for the device
     readings = []
     for counts, (ids, prompt_length) in zip(seen, samples, strict=True):

@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ogpstream.kernels import dispatch
 from ogpstream.learner.activations import ActivationPlan
-from ogpstream.learner.binding import GradientSink
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.encoding import cut_prompt
 from ogpstream.learner.preflight import Preflight
+from ogpstream.learner.proposal import Proposal, Proposer
 from ogpstream.learner.protection import Growth, Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
+from ogpstream.learner.staging import staging_for
 from ogpstream.learner.step import Reading, sample_gradients
 from ogpstream.learner.walk import LayerWalk
-from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.adapters import AdapterStore, Room
 from ogpstream.memory.experts import Expert
 
 _log = logging.getLogger(__name__)
@@ -91,6 +91,9 @@ class Updater:
         self.store = store
         self.protection = protection
         self.config = config
+        shared = config.basis_scope == "shared"
+        self.staging = protection.staging = staging_for(attachment.model.device, config.learning_state, shared=shared)
+        self.proposer = Proposer(self.staging, protection, config)
         self.walk = LayerWalk(attachment.model)
         self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
         self.out_of_memory = 0
@@ -129,19 +132,20 @@ class Updater:
         if trial.refusal is not None:
             return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
 
-        # the commit: no pause from here on
+        # the commit: no pause from here on, and nothing that could fail for want of the device's memory
+        active = self._active()
         if proposal is not None:
-            expert.factors, expert.steps = proposal.factors, expert.steps + 1
-            expert.exp_avg, expert.exp_avg_sq = proposal.exp_avg, proposal.exp_avg_sq
+            for slab in ("factors", "exp_avg", "exp_avg_sq"):
+                setattr(expert, slab, proposal.slabs.get(slab))
+            expert.steps += 1
+            self.staging.committed(expert, proposal.flats, [other.name for other in active])
             self.protection.record_use(proposal.used)
         growth = Growth()
-        learned = [self._is_learned(lesson, reading) for lesson, reading in zip(lessons, trial.readings, strict=True)]
-        for gradient, counts in zip(trial.gradients, learned, strict=True):
-            if counts:
-                growth += self.protection.grow(expert.layout, gradient, self._active())
+        for gradient in trial.offered:
+            growth += self.protection.grow(expert.layout, gradient, active)
         if proposal is not None or growth.admitted:
-            self.publish()
-        return Update(losses, trial.norms, tuple(learned), None,
+            self.publish(trial.room)
+        return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)
 
     def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan]
@@ -153,12 +157,11 @@ class Updater:
         usable = [lesson for lesson in lessons if lesson.refusal is None]
         found: list[tuple[Reading, Tensor]] = []
         for group, plan in zip(self._groups(usable), plans, strict=True):
-            sinks = [GradientSink(expert.layout, expert.name, dtype=expert.factors.dtype,
-                                  device=self.attachment.model.device) for _ in group]
+            sinks = [self.staging.sink(expert) for _ in group]
             samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
             known = yield from sample_gradients(self.walk, self.attachment.binding, sinks, samples,
                                                 chunk=config.loss_chunk, activations=plan)
-            found += zip(known, (sink.slab.to(expert.factors.device) for sink in sinks), strict=True)
+            found += zip(known, (sink.slab for sink in sinks), strict=True)
         results = iter(found)
         for lesson in lessons:
             refused = (Reading(math.nan, 0.0), torch.full((1,), math.nan))
@@ -174,16 +177,24 @@ class Updater:
         refusal = essential[0] if all(essential) else None
         moving = [g for g, loss, r in zip(gradients, losses, refusals, strict=True)
                   if r is None and loss >= config.settled_below]
+        learned = tuple(refusal is None and self._is_learned(lesson, reading)
+                        for lesson, reading in zip(lessons, readings, strict=True))
+        offered = [self.staging.gathered(expert.layout, gradient)
+                   for gradient, counts in zip(gradients, learned, strict=True) if counts]
         proposal = None
         if refusal is None and moving:
-            proposal = self._optimise(expert, sum(moving[1:], start=moving[0].clone()))
-            yield "optimizer"
-            if self.protection.folds:
-                self.protection.project_(expert.layout, proposal.factors)
-            yield "projection"
-            if not bool(proposal.factors.isfinite().all()):
+            proposal = yield from self.proposer.run(expert, moving)
+            if not proposal.finite:
                 refusal = "the update is not finite"
-        return _Trial(readings, gradients, norms, refusal, proposal)
+        room = None
+        if refusal is None and (proposal is not None or offered):
+            room = self._reserve(len(offered))
+        return _Trial(readings, norms, learned, offered, refusal, proposal, room)
+
+    def _reserve(self, folds: int) -> Room:
+        """The memory that publishing takes after so many folds; each adds at most a rank to a held part."""
+        most = max(expert.rank for expert in self._active())
+        return self.store.reserve(growth=folds * most, cap=self.config.held_rank)
 
     def _plan(self, group: Sequence[Lesson]) -> ActivationPlan:
         # attention's square term is that of one long sample, which is more than that of several short ones
@@ -218,9 +229,13 @@ class Updater:
                 groups.append([lesson])
         return groups
 
-    def publish(self) -> None:
-        """Serve the masters as they are now: one assignment, seen by all linears at once."""
-        self.attachment.binding.served = self.store.publish()
+    def publish(self, room: Room | None = None) -> None:
+        """Serve the masters as they are now: one assignment, seen by all linears at once.
+
+        Args:
+            room: for the new version, taken while it could still be done without.
+        """
+        self.attachment.binding.served = self.store.publish(room=room)
 
     def restart(self, name: str) -> Growth | None:
         """Restart an active expert that made enough updates since its last start, and publish; None if it stays."""
@@ -230,9 +245,11 @@ class Updater:
         due = 0 < config.restart_after <= expert.steps - expert.started
         if not (self.protection.folds and fits and due):
             return None
+        # what joins P is folded before the factors are
+        room = self._reserve(2)
         growth = self.protection.restart(expert, [other for other in self._active() if other is not expert])
         if growth is not None:
-            self.publish()
+            self.publish(room)
         return growth
 
     def _active(self) -> list[Expert]:
@@ -255,49 +272,26 @@ class Updater:
             return "the loss or its gradient is not finite"
         return f"the loss is {loss:.2f} nats per token, over the limit of {limit:.2f}" if loss > limit else None
 
-    def _optimise(self, expert: Expert, gradient: Tensor) -> _Proposal:
-        """The expert after one step on a gradient slab, which is projected in place."""
-        config, a = self.config, expert.layout.a_numel
-        lr = config.learning_rate(expert.steps)
-        # for the fold too, where it is not what protects: the second moment then measures the free directions alone,
-        # and their steps are not damped by gradients that the projection removes anyway
-        used = self.protection.project_(expert.layout, gradient)
-        factors = expert.factors.clone()
-        parts = (slice(0, a), slice(a, None))
-        exp_avg = exp_avg_sq = None
-        if config.optimizer == "sgd":
-            for part in parts:
-                dispatch.sgd_(factors[part], gradient[part], lr=lr, weight_decay=config.weight_decay)
-        else:
-            exp_avg = torch.zeros_like(factors) if expert.exp_avg is None else expert.exp_avg.clone()
-            exp_avg_sq = torch.zeros_like(factors) if expert.exp_avg_sq is None else expert.exp_avg_sq.clone()
-            for part in parts:
-                dispatch.adam_(factors[part], gradient[part], exp_avg[part], exp_avg_sq[part], step=expert.steps + 1,
-                               lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
-        self.protection.pull_to_base_(expert.layout, factors, expert.scaling)
-        return _Proposal(factors, exp_avg, exp_avg_sq, used)
-
 
 def _peak(plan: ActivationPlan) -> int:
     return plan.peak_bytes
 
 
 @dataclass(frozen=True)
-class _Proposal:
-    """Masters and moments after the optimizer, not yet the expert's, and the directions that its gradient used."""
-
-    factors: Tensor
-    exp_avg: Tensor | None
-    exp_avg_sq: Tensor | None
-    used: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
 class _Trial:
-    """What an update found out before it changed anything: of each lesson, and of the step that they propose."""
+    """What an update found out before it changed anything.
+
+    Attributes:
+        readings, norms, learned: of each lesson.
+        offered: the gradients of those that count as learned, in host RAM.
+        proposal: the step that they propose; None where all is settled.
+        room: for the version that comes of it; None where none does.
+    """
 
     readings: Sequence[Reading]
-    gradients: Sequence[Tensor]
     norms: tuple[float, ...]
+    learned: tuple[bool, ...]
+    offered: Sequence[Tensor]
     refusal: str | None
-    proposal: _Proposal | None
+    proposal: Proposal | None
+    room: Room | None

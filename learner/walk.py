@@ -132,10 +132,10 @@ class LayerWalk:
         chain: list[nn.Module] = []
         at = trace.last
         for module, given, made in trace.watched:
-            if given.data_ptr() == at.data_ptr():
+            if _place(given) == _place(at):
                 chain.append(module)
                 at = made
-        if at.data_ptr() != last.data_ptr():
+        if _place(at) != _place(last):
             raise ModelError(
                 f"{self._kind} computes outside of modules between its last layer and its head: "
                 "it cannot be walked"
@@ -149,6 +149,11 @@ def run_layer(call: LayerCall, hidden: Tensor) -> Tensor:
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, Tensor)
     return result
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins in memory, by its storage: those of fake tensors have no address."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 class _Trace:

@@ -59,6 +59,48 @@ class Served:
     packs: tuple[Pack, ...]
 
 
+@dataclass(frozen=True)
+class Room:
+    """All memory on the serving device that one `publish` takes.
+
+    Attributes:
+        slab: for the packs, in the serving dtype.
+        scales: for the scale of each column of each site.
+        factor: for one factor of one expert in the masters' dtype, on its way; empty where masters are served.
+    """
+
+    slab: Tensor
+    scales: Tensor
+    factor: Tensor
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What packs were made of. Masters are replaced whole, so a part that is the same object needs no new copy.
+
+    Attributes:
+        gates: of the active experts, in their order.
+        slab: of the packs.
+        experts: the factors and held parts of each.
+    """
+
+    gates: dict[str, float]
+    slab: Tensor
+    experts: list[tuple[Tensor, list[Held]]]
+
+    def part(self, number: int, site: int) -> Tensor | Held:
+        """Of one site: the factors of each expert, then the held part of each."""
+        factors, held = self.experts[number % len(self.experts)]
+        return factors if number < len(self.experts) else held[site]
+
+    def fits(self, other: _Sources) -> bool:
+        """Whether the matrices of both lie at the same places."""
+        def shapes(sources: _Sources) -> list[tuple[int, list[int]]]:
+            return [(len(factors), [part.rank for part in held]) for factors, held in sources.experts]
+
+        return list(self.gates) == list(other.gates) and shapes(self) == shapes(other)
+
+
 class AdapterStore:
     """All experts of a model and the version that is served.
 
@@ -93,7 +135,8 @@ class AdapterStore:
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
         self._layouts: dict[int, Layout] = {}
-        self.served = self._build(0)
+        self._made_of: _Sources | None = None  # the newest packs
+        self.served = self._build(0, self.reserve())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -174,13 +217,42 @@ class AdapterStore:
         self.expert(name)
         self._active.pop(name, None)
 
-    def publish(self, version: int | None = None) -> Served:
+    def reserve(self, *, growth: int = 0, cap: int | None = None) -> Room:
+        """Allocate what the next `publish` needs on the device, where memory may have run out.
+
+        Taken before masters change, so that nothing can fail afterwards.
+
+        Args:
+            growth: columns that the held part of each expert may gain at each site until then.
+            cap: columns to which a held part that grew is cut.
+        """
+        experts = [self._experts[name] for name in self._active]
+
+        def held(expert: Expert, index: int) -> int:
+            now = expert.held[index].rank
+            return now + growth if cap is None else max(now, min(now + growth, cap))
+
+        ranks = [self._columns(sum(expert.rank + held(expert, index) for expert in experts))
+                 for index in range(len(self.sites))]
+        numel = self._starts(ranks)[-1]
+        widest = max((rank * width for site, rank in zip(self.sites, ranks, strict=True)
+                      for width in (site.d_in, site.d_out)), default=0)
+        staged = self.device.type != "cpu"
+        return Room(
+            torch.empty(numel, dtype=self.serve_dtype, device=self.device),
+            torch.empty(sum(ranks), dtype=torch.promote_types(self.serve_dtype, torch.float32), device=self.device),
+            torch.empty(widest if staged else 0, dtype=self.dtype, device=self.device),
+        )
+
+    def publish(self, version: int | None = None, room: Room | None = None) -> Served:
         """Build new packs of the active experts and serve them from this assignment on.
 
         Args:
             version: number of the new version; one more than the served one if None.
+            room: of `reserve`; without it, memory may run out here, and what is served stays.
         """
-        served = self._build(self.served.version + 1 if version is None else version)
+        room = self.reserve() if room is None else room
+        served = self._build(self.served.version + 1 if version is None else version, room)
         if self.device.type == "cuda":
             # readers on other streams must not see a slab whose copies are still queued on this one
             torch.cuda.current_stream(self.device).synchronize()
@@ -227,7 +299,7 @@ class AdapterStore:
         self._experts, self._active = experts, active
         self.publish(int(meta["version"]))
 
-    def _build(self, version: int) -> Served:
+    def _build(self, version: int, room: Room) -> Served:
         experts = [self._experts[name] for name in self._active]
         gates = tuple(self._active.values())
         trained: dict[str, slice] = {}
@@ -238,45 +310,54 @@ class AdapterStore:
         ranks = [self._columns(plastic + sum(expert.held[index].rank for expert in experts))
                  for index in range(len(self.sites))]
         # one slab: one allocation for hundreds of sites
-        starts = [0]
-        for site, rank in zip(self.sites, ranks, strict=True):
-            for numel in (site.d_in * rank, rank * site.d_out):
-                starts.append(starts[-1] + -(-numel // _ALIGN) * _ALIGN)
-        slab = torch.empty(starts[-1], dtype=self.serve_dtype, device=self.device)
-        factors = [expert.factors.to(self.device, non_blocking=True) for expert in experts]
+        starts = self._starts(ranks)
+        slab = room.slab[: starts[-1]]
+        made_of = _Sources(dict(self._active), slab, [(expert.factors, list(expert.held)) for expert in experts])
+        before = self._made_of if self._made_of is not None and self._made_of.fits(made_of) else None
+        if before is not None:
+            slab.copy_(before.slab)
         scales: dict[tuple[int, ...], Tensor] = {}
         packs = []
         for index, (site, rank) in enumerate(zip(self.sites, ranks, strict=True)):
             a = slab[starts[2 * index] :][: site.d_in * rank].view(site.d_in, rank)
             b = slab[starts[2 * index + 1] :][: rank * site.d_out].view(rank, site.d_out)
             held = [expert.held[index] for expert in experts]
-            parts = [
-                (expert.layout.a(flat, index), expert.layout.b(flat, index))
-                for expert, flat in zip(experts, factors, strict=True)
-            ]
+            factors = [(expert.layout.a(expert.factors, index), expert.layout.b(expert.factors, index))
+                       for expert in experts]
             start = 0
-            for left, right in parts + [(part.U, part.V) for part in held]:
+            for number, (left, right) in enumerate(factors + [(part.U, part.V) for part in held]):
                 stop = start + left.shape[1]
-                a[:, start:stop].copy_(left, non_blocking=True)
-                b[start:stop].copy_(right, non_blocking=True)
+                if before is None or before.part(number, index) is not made_of.part(number, index):
+                    _put(a[:, start:stop], left, room)
+                    _put(b[start:stop], right, room)
                 start = stop
-            a[:, start:].zero_()
-            b[start:].zero_()
+            if before is None:
+                a[:, start:].zero_()
+                b[start:].zero_()
             held_ranks = tuple(part.rank for part in held)
             if held_ranks not in scales:
-                scales[held_ranks] = self._scale(experts, held_ranks)
+                values = self._scale(experts, held_ranks)
+                own = room.scales[sum(map(len, scales.values())) :][: len(values)]
+                scales[held_ranks] = own.copy_(torch.tensor(values, dtype=own.dtype))
             packs.append(Pack(a, b, scales[held_ranks], trained))
+        self._made_of = made_of
         return Served(version, tuple(self._active), gates, tuple(packs))
 
-    def _scale(self, experts: Sequence[Expert], held_ranks: Sequence[int]) -> Tensor:
+    def _starts(self, ranks: Sequence[int]) -> list[int]:
+        """Where in a slab the matrices of the packs begin, A and B of one site after the other, and where it ends."""
+        starts = [0]
+        for site, rank in zip(self.sites, ranks, strict=True):
+            for numel in (site.d_in * rank, rank * site.d_out):
+                starts.append(starts[-1] + -(-numel // _ALIGN) * _ALIGN)
+        return starts
+
+    def _scale(self, experts: Sequence[Expert], held_ranks: Sequence[int]) -> list[float]:
         values: list[float] = []
         for expert in experts:
             values += [self._active[expert.name] * expert.scaling] * expert.rank
         for expert, k in zip(experts, held_ranks, strict=True):
             values += [self._active[expert.name]] * k
-        values += [0.0] * (self._columns(len(values)) - len(values))
-        dtype = torch.promote_types(self.serve_dtype, torch.float32)
-        return torch.tensor(values, dtype=dtype, device=self.device)
+        return values + [0.0] * (self._columns(len(values)) - len(values))
 
     def _columns(self, rank: int) -> int:
         return -(-rank // self.multiple) * self.multiple
@@ -285,3 +366,10 @@ class AdapterStore:
     def _check_gate(name: str, gate: float) -> None:
         if not math.isfinite(gate):
             raise ValueError(f"gate of expert {name!r} is {gate}: it must be finite")
+
+
+def _put(target: Tensor, source: Tensor, room: Room) -> None:
+    """Write a factor of a master into a pack: on a device through `room.factor`, one after the other on one stream."""
+    if source.device != target.device:
+        source = room.factor[: source.numel()].view(source.shape).copy_(source, non_blocking=True)
+    target.copy_(source)

@@ -18,7 +18,8 @@ from ogpstream.learner.apply import Applier
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.certificate import DriftMeter, spectral_norm
 from ogpstream.learner.folder import MemoryFolder
-from ogpstream.learner.protection import Protection
+from ogpstream.learner.proposal import Proposer
+from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
@@ -272,16 +273,14 @@ def _take_out_the_late_fold(patch: pytest.MonkeyPatch) -> None:
 
 
 def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
-    project, optimise = Protection.project_, Updater._optimise
+    project, step = Protection.project_, Proposer._step
 
-    def early(self: Updater, expert: Any, gradient: Tensor) -> Any:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Protection, "project_", project)
-            self.protection.project_(expert.layout, gradient)
-            return optimise(self, expert, gradient)
+    def early(self: Proposer, expert: Any, piece: Any, flats: Any, gradient: Tensor, eps: Any) -> None:
+        project(self.protection, piece.layout, gradient)
+        step(self, expert, piece, flats, gradient, eps)
 
-    patch.setattr(Protection, "project_", lambda self, layout, slab: {})
-    patch.setattr(Updater, "_optimise", early)
+    patch.setattr(Protection, "project_", lambda self, layout, slab: Use())
+    patch.setattr(Proposer, "_step", early)
 
 
 def _restart_anywhere(patch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import transformers as tf
 
 from ogpstream.learner import EngineBusy, IdleLoop, LearnerConfig, Sample, SampleError, StateError, StreamLearner
 from ogpstream.learner.errors import ConfigError
-from ogpstream.learner.update import Updater
+from ogpstream.learner.proposal import Proposer
 from ogpstream.memory.journal import Journal
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -359,12 +359,12 @@ def test_an_error_of_a_unit_goes_to_its_future_and_the_sample_is_tried_again(
     learner, engine, clock = make(), Engine(), Clock()
     loop = IdleLoop(learner, engine, consolidate=False, clock=clock)
     before = learner.state_sha256()
-    optimise = Updater._optimise
+    step = Proposer._step
 
     def fail(*args: Any) -> Any:
         raise MemoryError("no memory for the update")
 
-    monkeypatch.setattr(Updater, "_optimise", fail)
+    monkeypatch.setattr(Proposer, "_step", fail)
     first, second = loop.submit(_sample(0)), loop.submit(_sample(1))
     _finish(loop)
     with pytest.raises(MemoryError, match="no memory"):
@@ -379,7 +379,7 @@ def test_an_error_of_a_unit_goes_to_its_future_and_the_sample_is_tried_again(
     clock.now += 0.2
     _finish(loop)
     assert loop.status().failures == 2
-    monkeypatch.setattr(Updater, "_optimise", optimise)
+    monkeypatch.setattr(Proposer, "_step", step)
     clock.now += 0.9
     assert not loop.tick()
     clock.now += 0.2

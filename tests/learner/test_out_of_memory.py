@@ -15,6 +15,7 @@ from ogpstream.learner import LearnerConfig, Sample, SampleError, StreamLearner,
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.update import Lesson
 from ogpstream.learner.walk import LayerCall, run_layer
+from ogpstream.memory.adapters import AdapterStore
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 
@@ -236,3 +237,33 @@ def test_a_prompt_over_the_budget_is_cut_before_it_is_acknowledged(tiny_model: T
     (refused,) = learner.learn_batch([_sample(2, 5, 800)], refuse=True)
     assert refused.status == "rejected" and "activation_budget_mib" in (refused.reason or "")
     learner.close()
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["no growth", "growth"])
+def test_what_a_version_needs_is_taken_before_masters_change(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, learned: bool
+) -> None:
+    whole, learner = (_learner(tiny_model, learned_below=6.0 if learned else 1e-9) for _ in range(2))
+    columns = learner.state.protection.columns
+    reserve, publish = AdapterStore.reserve, AdapterStore.publish
+    states: list[str] = []
+
+    def full(self: AdapterStore, **sizes: Any) -> Any:
+        if len(states) == 1:
+            return reserve(self, **sizes)
+        states.append(learner.state_sha256())
+        raise torch.OutOfMemoryError("injected")
+
+    def reserved(self: AdapterStore, version: int | None = None, room: Any = None) -> Any:
+        assert room is not None, "published without the memory that was taken before"
+        return publish(self, version, room)
+
+    samples, before = [_sample(9), _sample(1)], learner.state_sha256()
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStore, "reserve", full)
+        patch.setattr(AdapterStore, "publish", reserved)
+        learner.learn_batch(samples)
+    whole.learn_batch(samples)
+    assert states == [before]
+    assert learner.state_sha256() == whole.state_sha256()
+    assert (learner.state.protection.columns > columns) == learned

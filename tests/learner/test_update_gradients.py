@@ -245,7 +245,7 @@ def test_an_update_dropped_at_any_unit_changes_nothing(tiny_model: TinyModel, gu
     assert before == whole.state_sha256()
     assert learner.state.protection.columns > 0
     units, _ = _exhaust(whole.step(_sample(9)))
-    assert {"plan", "forward", "loss", "backward", "optimizer", "projection"} == set(units)
+    assert {"plan", "forward", "loss", "backward", "gradient", "optimizer", "projection"} == set(units)
     version = learner.version
     for stop in range(1, len(units) + 1):
         # the first call acknowledges the sample, the others find it pending

@@ -1,0 +1,212 @@
+"""Lean and resident learning state: the arithmetic of the host on copies elsewhere, dropped where an update is."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, staging, update
+from ogpstream.learner.staging import Lean, Piece, PieceSink, Resident, Staging, in_pieces
+from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.basis import ProjectionBasis
+from ogpstream.memory.layout import Layout, SiteShape
+
+TinyModel = Callable[..., tf.PreTrainedModel]
+CPU = torch.device("cpu")
+
+
+class _InThrees:
+    """P and the anchors come in pieces of three directions, as they would from another memory."""
+
+    def rows(self, basis: ProjectionBasis, count: int, like: Tensor) -> Iterable[Tensor]:
+        return basis.rows()[:count].to(like.dtype).split(3)
+
+
+class _LeanInThrees(_InThrees, Lean):
+    pass
+
+
+class _ResidentElsewhere(Resident):
+    """Takes the host for another memory: what it keeps is kept as copies."""
+
+    def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
+        return flat.clone()
+
+    def gathered(self, layout: Layout, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+MODES: dict[str, Callable[[bool], Staging]] = {
+    "lean": lambda shared: _LeanInThrees(CPU, alone=shared),
+    "resident": lambda shared: _ResidentElsewhere(CPU, bases=shared),
+}
+
+
+def _sample(seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 101, (12,), generator=generator).tolist()
+    return Sample(prompt_ids=tuple(ids[:5]), completion_ids=tuple(ids[5:]), id=f"{seed}",
+                  expert="other" if seed % 3 == 2 else "default")
+
+
+def _learner(tiny_model: TinyModel, mode: str | None, **changes: Any) -> StreamLearner:
+    values: dict[str, Any] = dict(rank=3, lr=0.02, basis_columns=8, learned_below=6.0, learned_share=0.0,
+                                  warm_samples=2, warm_tokens=8, rehearsals=1)
+    config = LearnerConfig(**{**values, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        if mode is not None:
+            made = MODES[mode](config.basis_scope == "shared")
+            patch.setattr(update, "staging_for", lambda *_, **__: made)
+        learner = StreamLearner(tiny_model("llama"), config=config)
+    learner.add_expert("other")
+    return learner
+
+
+def _run(learner: StreamLearner) -> StreamLearner:
+    learner.learn_batch([_sample(seed) for seed in range(6)])
+    learner.rollback(learner.versions()[0])
+    learner.add_expert("other") if "other" not in learner.experts else None
+    for seed in range(10, 16):
+        learner.learn_one(_sample(seed))
+    learner.consolidate()
+    return learner
+
+
+@pytest.fixture
+def in_threes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anchor, "in_pieces", lambda rows, device, dtype: rows.to(dtype).split(3))
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_resident_has_the_bits_of_the_host(tiny_model: TinyModel, optimizer: str, scope: str) -> None:
+    own = dict(optimizer=optimizer, basis_scope=scope, lr=0.02 if optimizer == "adam" else 0.5)
+    host, other = (_run(_learner(tiny_model, mode, **own)) for mode in (None, "resident"))
+    assert other.state_sha256() == host.state_sha256()
+    assert other.state.protection.columns > _learner(tiny_model, None, **own).state.protection.columns
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.3])
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_lean_makes_the_host_s_update_up_to_rounding(
+    tiny_model: TinyModel, in_threes: None, optimizer: str, scope: str, eps: float
+) -> None:
+    """An eps of 0.3 shows whether it is relative to all of an expert, as on the host, or to one piece."""
+    own = dict(optimizer=optimizer, basis_scope=scope, eps=eps, lr=0.02 if optimizer == "adam" else 0.5)
+    host, other = (_learner(tiny_model, None, **own) for _ in range(2))
+    for learner in (host, other):
+        learner.learn_batch([_sample(seed) for seed in range(6)])
+    assert other.state_sha256() == host.state_sha256()
+    lean, updater = MODES["lean"](scope == "shared"), other._updater
+    updater.staging = updater.proposer.staging = other.state.protection.staging = lean
+    before = other.state.store.expert("default").factors
+    assert len(lean.pieces(other.state.store.layout(3))) > 1
+    for learner in (host, other):
+        learner.learn_batch([_sample(9)])
+    assert other.state.protection.columns == host.state.protection.columns
+    ours, theirs = (learner.state.store.expert("default") for learner in (other, host))
+    moved = float((theirs.factors - before).norm())
+    assert float((ours.factors - theirs.factors).norm()) <= 1e-5 * moved
+    for slab in ("exp_avg", "exp_avg_sq") if optimizer == "adam" else ():
+        expected = getattr(theirs, slab)
+        assert float((getattr(ours, slab) - expected).norm()) <= 1e-5 * float(expected.norm()), slab
+    uses = [[basis.use_counts().tolist() for basis in one.state.protection.bases.values()] for one in (host, other)]
+    assert uses[0] == uses[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dropped_update_leaves_nothing(tiny_model: TinyModel, mode: str) -> None:
+    whole, learner = (_learner(tiny_model, mode) for _ in range(2))
+    for one in (whole, learner):
+        one.learn_one(_sample(0))
+    before, units = learner.state_sha256(), list(whole.step(_sample(1)))
+    for stop in range(1, len(units)):
+        work = learner.queue.drain() if learner.pending else learner.step(_sample(1))
+        assert [next(work) for _ in range(stop)] == units[:stop]
+        work.close()
+        assert learner.state_sha256() == before
+    learner.drain()
+    assert learner.state_sha256() == whole.state_sha256()
+
+
+def test_only_active_experts_are_resident(tiny_model: TinyModel) -> None:
+    learner = _learner(tiny_model, "resident")
+    learner.add_expert("third")
+    resident = learner._updater.staging
+    assert isinstance(resident, Resident)
+    for name in ("default", "other", "third"):
+        sample = _sample(0)
+        learner.learn_one(Sample(prompt_ids=sample.prompt_ids, completion_ids=sample.completion_ids, expert=name))
+    assert {name for name, _ in resident._slabs} == {"other", "third"}
+    assert len(resident._slabs) == 6
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_pieces_cover_a_slab_once(alone: bool) -> None:
+    sites = [SiteShape("q", 6, 4, "in"), SiteShape("o", 4, 6, "mid"), SiteShape("k", 6, 2, "in")]
+    layout = Layout(sites, 2)
+    lean = Lean(CPU, alone=alone)
+    pieces = lean.pieces(layout)
+    assert len(pieces) == (3 if alone else 2)
+    slab = torch.arange(layout.numel, dtype=torch.float32)
+    again = torch.full_like(slab, -1.0)
+    ends = [piece.span for piece in pieces]
+    assert [span.start for span in ends] == [0, *(span.stop for span in ends[:-1])]
+    assert ends[-1].stop == layout.numel
+    for piece in pieces:
+        flat = piece.load(slab, CPU)
+        assert flat.shape == (piece.span.stop - piece.span.start,)
+        piece.save(flat, again)
+        for number, site in enumerate(piece.sites):
+            assert torch.equal(piece.layout.a(flat, number), layout.a(slab, site))
+            assert torch.equal(piece.layout.b(flat, number), layout.b(slab, site))
+    assert torch.equal(again, slab)
+
+
+@pytest.fixture
+def sink() -> Iterator[tuple[PieceSink, Layout, Lean]]:
+    store = AdapterStore([SiteShape("q", 6, 4, "in"), SiteShape("k", 6, 2, "in"), SiteShape("e", 3, 2, "e")])
+    expert, lean = store.create("default", 2, 1.0), Lean(CPU, alone=False)
+    made = lean.sink(expert)
+    assert isinstance(made, PieceSink)
+    yield made, expert.layout, lean
+
+
+def test_a_piece_leaves_when_it_is_complete_and_comes_back(sink: tuple[PieceSink, Layout, Lean]) -> None:
+    """A layer that is used twice brings each of its sites twice."""
+    made, layout, lean = sink
+    ones = [(torch.ones(6, 2), torch.ones(2, 4)), (torch.ones(6, 2), torch.ones(2, 2))]
+    made.add(0, *ones[0])
+    assert len(made._sums) == 1
+    made.add(1, *ones[1])
+    assert not made._sums and bool((made.slab[:36] == 1).all())
+    for index in (1, 0):
+        made.add(index, *ones[index])
+    # one that never comes, and one that comes a third time for a half of its piece
+    made.add(0, *ones[0])
+    made.finish()
+    slab = lean.gathered(layout, made.slab)
+    assert bool((layout.a(slab, 0) == 3).all()) and bool((layout.b(slab, 0) == 3).all())
+    assert bool((layout.a(slab, 1) == 2).all()) and bool((layout.b(slab, 1) == 2).all())
+    assert not layout.a(slab, 2).any() and not layout.b(slab, 2).any()
+
+
+def test_rows_of_another_memory_come_in_pieces_of_a_mebibyte() -> None:
+    meta = torch.device("meta")
+    for width, expected in ((2048, [128, 128]), (100, [256]), (16384, [32] * 8)):
+        rows = torch.empty(256, width)
+        assert [len(piece) for piece in in_pieces(rows, meta, torch.float32)] == expected
+        assert [len(piece) for piece in in_pieces(rows, CPU, torch.float32)] == [256]
+    assert next(iter(in_pieces(torch.ones(2, 3), CPU, torch.float64))).dtype == torch.float64
+
+
+def test_which_staging(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    assert type(staging.staging_for(CPU, "lean", shared=True)) is Staging
+    assert type(staging.staging_for(CPU, "resident", shared=True)) is Staging
+    assert type(staging.staging_for(cuda, "lean", shared=False)) is Lean
+    assert type(staging.staging_for(cuda, "resident", shared=False)) is Resident
