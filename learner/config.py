@@ -55,8 +55,9 @@ class LearnerConfig:
     settled_below: float = 0.1  # nats per token under which a sample no longer moves the adapter
     directions_per_sample: int = 1  # candidates per linear input and learned sample
     held_rank: int | None = 32  # r_c, rank the held part is cut to; None keeps all of it and grows without bound
+    average: float = 0.98  # of the running mean of A and B that a restart folds; 0 folds the last ones
     restart_after: int = 50  # updates of an expert from which on a consolidation restarts its factors; 0 never
-    restart_loss: float = 0.1  # share of what an expert computes that the cut may cost a restart; else it waits
+    restart_loss: float = 0.2  # share of what an expert computes that the cut may cost a restart; else it waits
     restart_directions: int = 2  # of those it read most, per linear input, that join P then
     use_window: int = 1000  # updates over which the use of a direction is counted
 
@@ -118,6 +119,8 @@ class LearnerConfig:
         for name in ("rank", "basis_columns", "use_window", "ring_samples", "max_tokens", "seed"):
             if type(getattr(self, name)) is not int:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be an integer")
+        if not 0.0 <= self.average < 1.0:
+            raise ConfigError(f"average is {self.average}: it must lie in [0, 1)")
         if not self.novelty < 1.0:
             raise ConfigError(f"novelty is {self.novelty}: no direction lies outside P by more than all of it")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):

@@ -202,9 +202,9 @@ class Protection:
             self._fold(expert, {key: self._live(key) for key in stale})
 
     def restart(self, expert: Expert, others: Sequence[Expert]) -> Growth | None:
-        """Fold an expert's plastic factors whole and start them anew outside P.
+        """Fold an expert's plastic factors whole, as they were on average, and start them anew outside P.
 
-        What it computes stays what it was, but for what the cut to rank r_c drops.
+        What it computes becomes what these compute, but for what the cut to rank r_c drops.
 
         Args:
             others: active experts, which fold what joins P.
@@ -212,13 +212,15 @@ class Protection:
         Returns:
             None, and nothing has changed, where the cut would cost more than the share `restart_loss`.
         """
-        if self._whole_fold(expert).loss() > self.config.restart_loss:
+        mean = expert.factors if expert.average is None else expert.average
+        if self._whole_fold(expert, mean).loss() > self.config.restart_loss:
             return None
+        expert.factors, expert.average = mean, None
         found = read_directions(expert, self.config.restart_directions)
         growth = self.admit(found, [expert, *others]) if self.config.restart_directions else Growth()
         # of the factors as admission has left them
-        change, layout, old = self._whole_fold(expert), expert.layout, expert.factors
-        factors = fresh_factors(layout, self.config.seed, expert.name, expert.steps, dtype=old.dtype)
+        change, layout = self._whole_fold(expert, expert.factors), expert.layout
+        factors = fresh_factors(layout, self.config.seed, expert.name, expert.steps, dtype=mean.dtype)
         for key in self.bases:
             block = layout.a_block(factors, key)
             block.copy_(remove(block, self._live(key).to(block.dtype))[0])
@@ -228,10 +230,10 @@ class Protection:
         expert.exp_avg = None if expert.exp_avg is None else torch.zeros_like(expert.exp_avg)
         return growth
 
-    def _whole_fold(self, expert: Expert) -> _HeldChange:
-        change, every = _HeldChange(expert, self), torch.eye(expert.rank, dtype=expert.factors.dtype)
-        for site in range(len(expert.layout.sites)):
-            change.add(site, expert.a(site), every, expert.b(site))
+    def _whole_fold(self, expert: Expert, factors: Tensor) -> _HeldChange:
+        change, every, layout = _HeldChange(expert, self), torch.eye(expert.rank, dtype=factors.dtype), expert.layout
+        for site in range(len(layout.sites)):
+            change.add(site, layout.a(factors, site), every, layout.b(factors, site))
         return change
 
     def _live(self, key: str) -> Tensor:
@@ -243,21 +245,22 @@ class Protection:
             return
         layout = expert.layout
         factors = expert.factors.clone()
-        moment = None if expert.exp_avg is None else expert.exp_avg.clone()
+        others = {name: slab.clone() for name in ("exp_avg", "average") if (slab := getattr(expert, name)) is not None}
         change = _HeldChange(expert, self)
         for key, stored in directions.items():
             N = stored.to(factors.dtype)
             block = layout.a_block(factors, key)
             freed, coefficients = remove(block, N)
             block.copy_(freed)
-            if moment is not None:
-                block = layout.a_block(moment, key)
+            for slab in others.values():
+                block = layout.a_block(slab, key)
                 block.copy_(remove(block, N)[0])
             for column, site in enumerate(layout.members(key)):
                 own = coefficients[:, column * layout.rank : (column + 1) * layout.rank]
                 change.add(site, N, own, layout.b(factors, site))
         change.commit()
-        expert.factors, expert.exp_avg = factors, moment
+        for name, slab in {"factors": factors, **others}.items():
+            setattr(expert, name, slab)
         expert.folded = {**expert.folded, **{key: self.bases[key].version for key in directions}}
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

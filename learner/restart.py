@@ -3,8 +3,12 @@
 It ends a consolidation, when what was learned is rehearsed and settled. Until then the columns of A turn towards the
 inputs of what is learned, and every later move of B would be felt by those inputs too, as far as they lie outside P. A
 fresh A reads them no more than any others, and B = 0 moves nothing. As in ReLoRA (Lialin et al. 2023, arXiv:2307.05695)
-the function stays what it was; here the product goes to the held part, and the directions that it read most join P
+the product of the old factors stays; here it goes to the held part, and the directions that it read most join P
 first, which is what keeps the subspaces of tasks apart in O-LoRA (Wang et al. 2023, arXiv:2310.14152).
+
+What is folded is the running mean of the factors and not the last ones: steps on one to three samples at a rate that
+learns them at once leave noise of about 1 / (1 - decay) of them, which the mean has not (Polyak and Juditsky 1992;
+Izmailov et al. 2018, arXiv:1803.05407). It comes from the updates alone, so it lies outside P as they do.
 """
 
 from __future__ import annotations

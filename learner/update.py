@@ -138,6 +138,9 @@ class Updater:
             for slab in ("factors", "exp_avg", "exp_avg_sq"):
                 setattr(expert, slab, proposal.slabs.get(slab))
             expert.steps += 1
+            if self.config.average and self.config.restart_after and self.protection.folds:
+                before = expert.factors if expert.average is None else expert.average
+                expert.average = before.lerp(expert.factors, 1 - self.config.average)
             self.staging.committed(expert, proposal.flats, [other.name for other in active])
             self.protection.record_use(proposal.used)
         growth = Growth()

@@ -30,14 +30,18 @@ class Held:
         return self.U.shape[1]
 
 
+# slabs that an expert may not have
+_OPTIONAL = ("exp_avg", "exp_avg_sq", "average")
+
+
 @dataclass
 class Expert:
     """One adapter. Slabs are flat `[layout.numel]`, lists have one entry per site; tensors are replaced
     whole.
 
-    `started` is the step at which the factors last started anew. `folded` maps a basis key to the basis version the
-    expert was last folded against. `discarded` sums the first discarded singular value of every cut of the held part
-    since creation, `discarded_sq` the squares of all discarded ones.
+    `started` is the step at which the factors last started anew, `average` their running mean since then. `folded` maps
+    a basis key to the basis version the expert was last folded against. `discarded` sums the first discarded singular
+    value of every cut of the held part since creation, `discarded_sq` the squares of all discarded ones.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Expert:
     discarded_sq: list[float]
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
+    average: Tensor | None = None
     steps: int = 0
     started: int = 0
     folded: dict[str, int] = field(default_factory=dict)
@@ -79,8 +84,8 @@ class Expert:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The expert as (tensors named "<expert>/...", JSON-able rest); the tensors are not copied."""
-        slabs = {"factors": self.factors, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        tensors = {f"{self.name}/{key}": slab for key, slab in slabs.items() if slab is not None}
+        slabs = {key: slab for key in ("factors", *_OPTIONAL) if (slab := getattr(self, key)) is not None}
+        tensors = {f"{self.name}/{key}": slab for key, slab in slabs.items()}
         for index, held in enumerate(self.held):
             if held.rank:
                 tensors[f"{self.name}/held/{index}/U"] = held.U
@@ -92,7 +97,7 @@ class Expert:
             "steps": self.steps,
             "started": self.started,
             "held_ranks": [held.rank for held in self.held],
-            "moments": [self.exp_avg is not None, self.exp_avg_sq is not None],
+            "slabs": list(slabs),
             "folded": dict(self.folded),
             "discarded": list(self.discarded),
             "discarded_sq": list(self.discarded_sq),
@@ -129,21 +134,15 @@ class Expert:
             else Held.empty(site, dtype)
             for index, (site, k) in enumerate(zip(sites, entry["held_ranks"], strict=True))
         ]
-        moments = [
-            copied(key, layout.numel) if saved else None
-            for key, saved in zip(("exp_avg", "exp_avg_sq"), entry["moments"], strict=True)
-        ]
         return cls(
             name=name,
             rank=entry["rank"],
             scaling=float(entry["scaling"]),
             layout=layout,
-            factors=copied("factors", layout.numel),
             held=held,
             discarded=[float(value) for value in entry["discarded"]],
             discarded_sq=[float(value) for value in entry["discarded_sq"]],
-            exp_avg=moments[0],
-            exp_avg_sq=moments[1],
+            **{key: copied(key, layout.numel) for key in entry["slabs"]},
             steps=int(entry["steps"]),
             started=int(entry["started"]),
             folded={str(basis): int(version) for basis, version in entry["folded"].items()},

@@ -620,7 +620,10 @@ def test_the_specifications_own_form_runs_as_written(tiny_model: TinyModel) -> N
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_the_state_holds_no_importance_of_parameters(make: MakeLearner, optimizer: str) -> None:
-    """Fisher information would be one more number for each factor or each base weight; Adam's moments are all."""
+    """Fisher information would be one more number for each factor or each base weight.
+
+    Adam's moments and the running mean of the factors are all that is there.
+    """
     learner = make(optimizer=optimizer)
     for seed in range(3):
         learner.learn_one(_sample(seed))
@@ -629,10 +632,10 @@ def test_the_state_holds_no_importance_of_parameters(make: MakeLearner, optimize
     factors = learner.state.store.expert("default").factors.numel()
     moments = {"exp_avg", "exp_avg_sq"} if optimizer == "adam" else set()
     mine = {name.rpartition("/")[2] for name in tensors if name.startswith("experts.default/")}
-    assert mine == {"factors", "U", "V"} | moments
+    assert mine == {"factors", "average", "U", "V"} | moments
     for name, tensor in tensors.items():
         if tensor.numel() == factors:
-            assert name.rpartition("/")[2] in {"factors"} | moments
+            assert name.rpartition("/")[2] in {"factors", "average"} | moments
     sizes = {parameter.numel() for parameter in learner.model.parameters() if parameter.numel() > 1000}
     assert not [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel() in sizes]
 

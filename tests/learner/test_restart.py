@@ -101,6 +101,27 @@ def test_a_restart_keeps_the_function_and_frees_the_factors(directions: int) -> 
     assert other.exp_avg is not None and other.exp_avg.any()
 
 
+def test_a_restart_folds_the_average_of_the_factors() -> None:
+    config = LearnerConfig(held_rank=None, restart_directions=2, basis_columns=16)
+    protection, (expert, other) = trained(config, "e", "other")
+    expert.average = expert.factors + 0.3 * other.factors
+    mean = [2.0 * expert.layout.a(expert.average, i) @ expert.layout.b(expert.average, i)
+            + expert.held[i].U @ expert.held[i].V for i in range(len(SITES))]
+    # what joins P before is taken out of the average too, and along it what the last factors computed is held
+    new = {"x": torch.linalg.qr(torch.randn(40, 1, generator=torch.Generator().manual_seed(5)))[0]}
+    last = functions(expert)
+    protection.admit(new, [expert])
+    P = span(protection, "x")[:, -1:].double()
+    assert float((P.T @ expert.layout.a_block(expert.average, "x").double()).norm()) < 1e-6
+    protection.restart(expert, [other])
+    for index, (was, ended) in enumerate(zip(mean, last, strict=True)):
+        wanted = was.double()
+        if SITES[index].basis == "x":
+            wanted = wanted - P @ (P.T @ wanted) + P @ (P.T @ ended)
+        assert (expert.delta(index) - wanted).norm() < 1e-6 * wanted.norm()
+    assert expert.average is None
+
+
 def test_what_the_cut_drops_at_a_restart_is_reported() -> None:
     config = LearnerConfig(held_rank=5, basis_columns=16, restart_loss=1.0)
     protection, (expert,) = trained(config, "e")
@@ -149,6 +170,19 @@ def test_a_consolidation_ends_with_a_restart_of_what_was_trained(tiny_model: Cal
     assert served is not None and torch.equal(served.A[:, :3], expert.a(0))
     learner.consolidate(1)
     assert (expert.steps, expert.started) == (6, 5) and expert.b(0).any()
+    learner.close()
+
+
+def test_the_average_follows_the_updates(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    config = LearnerConfig(rank=3, average=0.75, warm_start=False, rehearsals=0, learned_below=1e-9)
+    learner = StreamLearner(tiny_model("llama"), config=config)
+    expert = learner.state.store.expert("default")
+    learner.learn_one(_sample(0))
+    wanted = expert.factors.clone()
+    for seed in range(1, 4):
+        learner.learn_one(_sample(seed))
+        wanted = 0.75 * wanted + 0.25 * expert.factors
+    assert expert.average is not None and (expert.average - wanted).norm() < 1e-6 * wanted.norm()
     learner.close()
 
 
