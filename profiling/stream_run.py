@@ -74,7 +74,8 @@ def run_stream(
     Args:
         idle: updates of `consolidate` after each task, as an idle phase would make them.
         equal: the learner's own configuration, whose gradient evaluations the other methods get too.
-        every: samples between points of the accuracy over the stream; None takes none.
+        every: samples between points of the accuracy over the stream, inside tasks; None takes none. The end of a task
+            is one too, after its idle phase.
         score: take the accuracies after each task.
         run: of an earlier call on the same state, to go on from.
         on_progress: called after every sample.
@@ -89,7 +90,7 @@ def run_stream(
             if _learn(learner, sample, method, equal):
                 run.update_ms.append((time.perf_counter() - started) * 1e3)
             run.learned = at + 1
-            if every and run.learned % every == 0:
+            if every and run.learned % every == 0 and sample is not task.learn[-1]:
                 run.points.append((run.learned, float(np.mean(evaluate(learner, tasks)))))
             on_progress(run)
         offset += len(task.learn)
@@ -99,6 +100,8 @@ def run_stream(
         if learner.state.counters.consolidations <= number:
             _rest(learner, task, method, idle, equal)
         run.rows.append(evaluate(learner, tasks) if score else [])
+        if every and score:
+            run.points.append((run.learned, float(np.mean(run.rows[-1]))))
         on_progress(run)
     return run
 

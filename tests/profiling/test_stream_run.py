@@ -26,8 +26,9 @@ def test_all_methods_make_about_the_same_number_of_gradient_evaluations(tiny_mod
     # the ring of the first samples holds fewer than are to be rehearsed with them: 0 and 1
     missing = 0 if method == "sequential" else 3
     assert learner.state.counters.gradients == 10 * 3 + 2 * 3 * 2 - missing
-    assert run.learned == 10 and len(run.rows) == 2 and [n for n, _ in run.points] == [4, 8]
+    assert run.learned == 10 and len(run.rows) == 2 and [n for n, _ in run.points] == [4, 5, 8, 10]
     assert run.rows[-1] == evaluate(learner, _tasks())
+    assert run.points[-1] == (10, sum(run.rows[-1]) / 2)
 
 
 def test_a_run_goes_on_where_another_process_stopped(tiny_model, tiny_tokenizer, tmp_path):
