@@ -25,7 +25,7 @@ def test_the_formula_of_the_page() -> None:
     for width, rank in ((2048, 8), (2048, 16), (4096, 8)):
         row = linear_row(Linear(width, width, rank, 256)).split("|")
         found = int(row[6].replace(",", ""))
-        assert found == pytest.approx(16 * rank * 2 * width + 2**20 + 12 * rank * width + 4 * 256, rel=1e-2)
+        assert found == pytest.approx(16 * rank * 2 * width + 2**20 + 4 * rank * width + 4 * 256, rel=1e-2)
 
 
 def test_filling_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
