@@ -47,12 +47,14 @@ class BaseAnchor:
 
     def times(self, block: Tensor) -> Tensor:
         """C block, shape `[D_in, K]`, on the block's device."""
-        product, weights, start = self.floor * block, self.weights.to(block)[:, None], 0
+        # transposed, with the few columns as rows: a fifth of the time of a BLAS
+        few, weights, start = block.T, self.weights.to(block), 0
+        product = self.floor * few
         for rows in in_pieces(self.rows, block.device, block.dtype):
-            product = product + rows.T @ (weights[start : start + len(rows)] * (rows @ block))
+            product = product + (few @ rows.T * weights[start : start + len(rows)]) @ rows
             start += len(rows)
             del rows  # before the next piece is there
-        return product
+        return product.T
 
     def pull_(self, layout: Layout, factors: Tensor, key: str, *, scaling: float, strength: float) -> None:
         """One step on E for all linears of this input, in place.

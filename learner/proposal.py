@@ -70,8 +70,8 @@ class Proposer:
             if self.protection.folds:
                 self.protection.project_(piece.layout, flats["factors"])
             finite.append(flats["factors"].isfinite().all())
-            for name, flat in flats.items():
-                proposal.slabs[name] = staging.keep(piece, flat, proposal.slabs.get(name))
+            for name in self._names:
+                proposal.slabs[name] = staging.keep(piece, flats[name], proposal.slabs.get(name))
             if len(pieces) == 1:
                 proposal.flats = flats
             del flats

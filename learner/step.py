@@ -90,7 +90,7 @@ def sample_gradients(
         seen.append(counts)
 
     left = len(plan.calls)
-    del hidden, part, plan
+    del hidden, part
     while left:
         entry, exit_ = yield from trail.back()
         (gradient,) = torch.autograd.grad(exit_, entry, gradient)
@@ -98,7 +98,7 @@ def sample_gradients(
         left -= 1
         if not left:
             # of the activations nothing is alive beside what comes next
-            del gradient
+            del gradient, plan
         yield "backward"
     for sink in sinks:
         sink.finish()

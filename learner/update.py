@@ -25,8 +25,9 @@ from ogpstream.learner.sites import Attachment
 from ogpstream.learner.staging import staging_for
 from ogpstream.learner.step import Reading, sample_gradients
 from ogpstream.learner.walk import LayerWalk
-from ogpstream.memory.adapters import AdapterStore, Room
+from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
+from ogpstream.memory.room import Room
 
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ogpstream.memory.experts import Expert, Held, checked
 from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
+from ogpstream.memory.room import Room, Sources, put
 
 # matrices in a served slab start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
 _ALIGN = 16
@@ -59,48 +60,6 @@ class Served:
     packs: tuple[Pack, ...]
 
 
-@dataclass(frozen=True)
-class Room:
-    """All memory on the serving device that one `publish` takes.
-
-    Attributes:
-        slab: for the packs, in the serving dtype.
-        scales: for the scale of each column of each site.
-        factor: for one factor of one expert in the masters' dtype, on its way; empty where masters are served.
-    """
-
-    slab: Tensor
-    scales: Tensor
-    factor: Tensor
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """What packs were made of. Masters are replaced whole, so a part that is the same object needs no new copy.
-
-    Attributes:
-        gates: of the active experts, in their order.
-        slab: of the packs.
-        experts: the factors and held parts of each.
-    """
-
-    gates: dict[str, float]
-    slab: Tensor
-    experts: list[tuple[Tensor, list[Held]]]
-
-    def part(self, number: int, site: int) -> Tensor | Held:
-        """Of one site: the factors of each expert, then the held part of each."""
-        factors, held = self.experts[number % len(self.experts)]
-        return factors if number < len(self.experts) else held[site]
-
-    def fits(self, other: _Sources) -> bool:
-        """Whether the matrices of both lie at the same places."""
-        def shapes(sources: _Sources) -> list[tuple[int, list[int]]]:
-            return [(len(factors), [part.rank for part in held]) for factors, held in sources.experts]
-
-        return list(self.gates) == list(other.gates) and shapes(self) == shapes(other)
-
-
 class AdapterStore:
     """All experts of a model and the version that is served.
 
@@ -135,7 +94,7 @@ class AdapterStore:
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
         self._layouts: dict[int, Layout] = {}
-        self._made_of: _Sources | None = None  # the newest packs
+        self._made_of: Sources | None = None  # the newest packs
         self.served = self._build(0, self.reserve())
 
     @property
@@ -312,7 +271,7 @@ class AdapterStore:
         # one slab: one allocation for hundreds of sites
         starts = self._starts(ranks)
         slab = room.slab[: starts[-1]]
-        made_of = _Sources(dict(self._active), slab, [(expert.factors, list(expert.held)) for expert in experts])
+        made_of = Sources(dict(self._active), slab, [(expert.factors, list(expert.held)) for expert in experts])
         before = self._made_of if self._made_of is not None and self._made_of.fits(made_of) else None
         if before is not None:
             slab.copy_(before.slab)
@@ -328,8 +287,8 @@ class AdapterStore:
             for number, (left, right) in enumerate(factors + [(part.U, part.V) for part in held]):
                 stop = start + left.shape[1]
                 if before is None or before.part(number, index) is not made_of.part(number, index):
-                    _put(a[:, start:stop], left, room)
-                    _put(b[start:stop], right, room)
+                    put(a[:, start:stop], left, room)
+                    put(b[start:stop], right, room)
                 start = stop
             if before is None:
                 a[:, start:].zero_()
@@ -366,10 +325,3 @@ class AdapterStore:
     def _check_gate(name: str, gate: float) -> None:
         if not math.isfinite(gate):
             raise ValueError(f"gate of expert {name!r} is {gate}: it must be finite")
-
-
-def _put(target: Tensor, source: Tensor, room: Room) -> None:
-    """Write a factor of a master into a pack: on a device through `room.factor`, one after the other on one stream."""
-    if source.device != target.device:
-        source = room.factor[: source.numel()].view(source.shape).copy_(source, non_blocking=True)
-    target.copy_(source)

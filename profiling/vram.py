@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Usage:
 
 
 def measure_update(architecture: PretrainedConfig, config: LearnerConfig, *, tokens: int, rows: int, experts: int = 2,
-                   dtype: str = "bfloat16") -> Usage:
+                   dtype: str = "bfloat16", updates: int = 2) -> Usage:
     """`update_usage` of a model with random weights: on the CUDA device, or without one on one that is not there."""
     with ExitStack() as stack:
         device = torch.device("cuda") if torch.cuda.is_available() else DEVICE
@@ -72,7 +73,7 @@ def measure_update(architecture: PretrainedConfig, config: LearnerConfig, *, tok
             stack.enter_context(fake_device())
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(architecture, dtype=getattr(torch, dtype)).eval()
-        return update_usage(model, config, tokens=tokens, rows=rows, experts=experts)
+        return update_usage(model, config, tokens=tokens, rows=rows, experts=experts, updates=updates)
 
 
 def llama_config(*, layers: int, width: int = 2048, inner: int = 5632, heads: int = 32, key_heads: int = 4,
@@ -85,8 +86,8 @@ def llama_config(*, layers: int, width: int = 2048, inner: int = 5632, heads: in
 
 
 def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, rows: int, experts: int = 2,
-                 held_rank: int | None = None) -> Usage:
-    """Bytes of updates of the first two of some experts, with full bases and held parts.
+                 held_rank: int | None = None, updates: int = 2) -> Usage:
+    """Bytes of updates of the active ones of some experts in turn, with full bases and held parts.
 
     The model is as before afterwards.
 
@@ -94,6 +95,7 @@ def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, 
         tokens: ids of the one sample, rows: supervised ones of them.
         experts: that exist; `config.max_active` of them are served.
         held_rank: of every held part; by default what the configuration cuts to.
+        updates: that are made, one after the other.
     """
     # every sample moves the adapter, as a fresh one does
     config = replace(config, settled_below=0.0, max_active=min(experts, config.max_active))
@@ -102,7 +104,7 @@ def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, 
         config.target_modules) if isinstance(config.target_modules, tuple) else config.target_modules)
     try:
         state = LearnerState.fresh(attachment, config)
-        _fill(state, config, experts, (config.held_rank or 32) if held_rank is None else held_rank)
+        fill_state(state, config, experts, (config.held_rank or 32) if held_rank is None else held_rank)
         ids = [1 + number % (model.config.get_text_config().vocab_size - 1) for number in range(tokens)]
         lesson = Lesson(ids, tokens - rows, again=False)
         allocated = _Allocator(device)
@@ -112,8 +114,8 @@ def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, 
             served = _serving_bytes(state.store)
             _ = updater.preflight.footprint
         found = []
-        # what is resident of the first one's expert is there beside the second one's
-        for name in reversed(state.store.active):
+        # of two, what is resident of the first one's expert is there beside the second one's
+        for name in islice(cycle(reversed(state.store.active)), updates):
             found.append(_Phases(meter, allocated, served).of(updater.run(name, [lesson])))
         # the last version made the one before it free
         kept = allocated.alive(meter) - served
@@ -172,7 +174,7 @@ class _Phases:
                     state = max(state, kept + peak)
 
 
-def _fill(state: LearnerState, config: LearnerConfig, experts: int, held_rank: int) -> None:
+def fill_state(state: LearnerState, config: LearnerConfig, experts: int, held_rank: int) -> None:
     """Experts with held parts, full bases, anchors: the most that a stream comes to."""
     store, protection = state.store, state.protection
     rows: dict[int, torch.Tensor] = {}

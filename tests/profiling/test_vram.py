@@ -115,7 +115,7 @@ def _made(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tu
     attachment = attach(model, rank=3, target_modules=targets)
     state = LearnerState.fresh(attachment, config)
     state.store = AdapterStore(attachment.shapes, serve_dtype=model.dtype, device=model.device, multiple=16)
-    vram._fill(state, config, 2, 5)
+    vram.fill_state(state, config, 2, 5)
     updater = Updater(attachment, state.store, state.protection, config)
     updater.publish()
     _ = updater.preflight.footprint

@@ -1,0 +1,120 @@
+"""What the benchmarks of updates share: options, the folder they write to, CSV, and pictures of rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+
+from ogpstream.learner import ConfigError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One panel: columns of rows against one of them.
+
+    Attributes:
+        sweep: the rows of this value of their column `sweep`.
+        x: column along the bottom; y: columns drawn, each divided by `unit`.
+    """
+
+    sweep: str
+    x: str
+    y: Sequence[str]
+    unit: float
+    label: str
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """One line on stderr."""
+    Console(stderr=True).print(f"ogpstream: {message}", markup=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+def chosen(option: str, words: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """What was asked for, all for nothing, none for "none"; exit status 2 for a word that is not known."""
+    unknown = [word for word in words or [] if word not in (*known, "none")]
+    if unknown:
+        fail(f"{option} {', '.join(unknown)} is unknown: use {', '.join(known)} or none", 2)
+    return [name for name in known if not words or name in words]
+
+
+def device_named(name: str) -> torch.device:
+    """cpu, cuda, or by default the GPU where there is one."""
+    if name not in ("", "cpu", "cuda"):
+        fail(f"--device is {name!r}: use cpu or cuda", 2)
+    if name == "cuda" and not torch.cuda.is_available():
+        fail("there is no CUDA device here: leave --device out, or use --device cpu", 1)
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def prepare(out: Path | None) -> None:
+    """Everything that could make results unwritable is found before they are measured."""
+    if out is None:
+        return
+    if find_spec("matplotlib") is None:
+        fail("the picture needs matplotlib: pip install 'ogp-lora-stream[bench]'", 1)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{out} cannot be written ({error.strerror}): choose another folder with --out", 1)
+
+
+def measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The values of a benchmark; a setting that does not fit ends it with one line."""
+    try:
+        return work()
+    except (ConfigError, ValueError) as error:
+        fail(str(error), 2)
+
+
+def write(values: dict[str, Any], name: str, pictures: Sequence[Picture], out: Path | None, *, as_json: bool) -> None:
+    """CSV and picture into a folder, if one is given, and the JSON line."""
+    if out is not None:
+        rows = values["rows"]
+        with (out / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        _draw(values, pictures, out / f"{name}.png")
+        Console(stderr=True).print(f"{out / name}.csv, {out / name}.png", markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(values))
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Lines of fixed width."""
+    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    return ["  ".join(word.rjust(width) for word, width in zip(line, widths, strict=True)) for line in cells]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _draw(values: dict[str, Any], pictures: Sequence[Picture], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    shown = [one for one in pictures if any(row["sweep"] == one.sweep for row in values["rows"])]
+    figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.4), layout="constrained")
+    panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
+    for panel, picture in zip(panels, shown, strict=False):
+        rows = [row for row in values["rows"] if row["sweep"] == picture.sweep]
+        for column in picture.y:
+            panel.plot([row[picture.x] for row in rows], [row[column] / picture.unit for row in rows],
+                       marker="o", label=column)
+        panel.set(xlabel=picture.x, ylabel=picture.label, ylim=(0, None))
+        panel.legend(fontsize=7)
+    figure.suptitle(f"{values['device']}, torch {torch.__version__}", fontsize=8)
+    figure.savefig(path, dpi=110)
