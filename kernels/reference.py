@@ -47,7 +47,8 @@ def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor
         y `[T, D_out]` in x's dtype, and h `[T, R]` in the dtype accumulated in, for `lora_backward`.
     """
     wide = _wide(x, A, B, scale)
-    h = _thin(x.to(wide), A.to(wide)) * scale.to(wide)
+    # contiguous, as the other backends need it that may go on from here
+    h = (_thin(x.to(wide), A.to(wide)) * scale.to(wide)).contiguous()
     return (h @ B.to(wide)).to(x.dtype), h
 
 

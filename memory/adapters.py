@@ -25,7 +25,7 @@ from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 from ogpstream.memory.room import Room, Sources, put
 
-# matrices in a served slab start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
+# matrices and scales that are served start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
 _ALIGN = 16
 
 
@@ -199,7 +199,8 @@ class AdapterStore:
         staged = self.device.type != "cpu"
         return Room(
             torch.empty(numel, dtype=self.serve_dtype, device=self.device),
-            torch.empty(sum(ranks), dtype=torch.promote_types(self.serve_dtype, torch.float32), device=self.device),
+            torch.empty(sum(map(_aligned, ranks)), dtype=torch.promote_types(self.serve_dtype, torch.float32),
+                        device=self.device),
             torch.empty(widest if staged else 0, dtype=self.dtype, device=self.device),
         )
 
@@ -276,6 +277,7 @@ class AdapterStore:
         if before is not None:
             slab.copy_(before.slab)
         scales: dict[tuple[int, ...], Tensor] = {}
+        scales_end = 0
         packs = []
         for index, (site, rank) in enumerate(zip(self.sites, ranks, strict=True)):
             a = slab[starts[2 * index] :][: site.d_in * rank].view(site.d_in, rank)
@@ -296,8 +298,9 @@ class AdapterStore:
             held_ranks = tuple(part.rank for part in held)
             if held_ranks not in scales:
                 values = self._scale(experts, held_ranks)
-                own = room.scales[sum(map(len, scales.values())) :][: len(values)]
+                own = room.scales[scales_end:][: len(values)]
                 scales[held_ranks] = own.copy_(torch.tensor(values, dtype=own.dtype))
+                scales_end += _aligned(len(values))
             packs.append(Pack(a, b, scales[held_ranks], trained))
         self._made_of = made_of
         return Served(version, tuple(self._active), gates, tuple(packs))
@@ -307,7 +310,7 @@ class AdapterStore:
         starts = [0]
         for site, rank in zip(self.sites, ranks, strict=True):
             for numel in (site.d_in * rank, rank * site.d_out):
-                starts.append(starts[-1] + -(-numel // _ALIGN) * _ALIGN)
+                starts.append(starts[-1] + _aligned(numel))
         return starts
 
     def _scale(self, experts: Sequence[Expert], held_ranks: Sequence[int]) -> list[float]:
@@ -325,3 +328,7 @@ class AdapterStore:
     def _check_gate(name: str, gate: float) -> None:
         if not math.isfinite(gate):
             raise ValueError(f"gate of expert {name!r} is {gate}: it must be finite")
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // _ALIGN) * _ALIGN

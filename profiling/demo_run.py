@@ -38,7 +38,7 @@ IDLE = 60
 # samples between two points of the curve
 EVERY = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
-RATES: dict[Method, float] = {"ogp": 4e-3, "replay": 1e-3, "sequential": 5e-4}
+RATES: dict[Method, float] = {"ogp": 3e-3, "replay": 1e-3, "sequential": 5e-4}
 # stronger than the default: a base of 2M parameters uses every direction it has
 BASE_ANCHOR = 3e-2
 HELD_OUT = 96
