@@ -28,12 +28,12 @@ TEXT_CHARS, TEXT_TOKENS, TEXTS = 80, 120, 64
 
 def run_method(
     method: Method, model_path: str, tasks: list[Task], config: LearnerConfig, *, lr: float | None, idle: int,
-    texts: list[str], progress: Progress,
+    texts: list[str], calibration: list[str] | None, progress: Progress,
 ) -> dict[str, Any]:
     """One row of the benchmark: a fresh model, one pass, all scores."""
     started = time.perf_counter()
     model, tokenizer = load_pretrained(model_path)
-    learner = StreamLearner(model, tokenizer, method_config(method, config, lr=lr))
+    learner = StreamLearner(model, tokenizer, method_config(method, config, lr=lr), calibration=calibration)
     ids = [row[:TEXT_TOKENS] for row in tokenizer(texts, verbose=False)["input_ids"]]
     probe = RetentionProbe(learner.attachment, ids) if texts else None
     total = sum(len(task.learn) for task in tasks)
@@ -66,6 +66,8 @@ def bench_forgetting(
     limit: Annotated[int | None, typer.Option(help="samples of each task")] = None,
     tune: Annotated[int, typer.Option(help="score on this many held-back learning samples of each task")] = 0,
     texts: Annotated[Path | None, typer.Option(help="text file, one held-out text a line, for retention")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="text file for the warm start, one text a line; without it "
+                                                     "samples of the model's own")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="LearnerConfig field=value, for all methods")] = None,
     lr: Annotated[list[str] | None, typer.Option(help="method=rate")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for forgetting.csv")] = None,
@@ -81,6 +83,7 @@ def bench_forgetting(
     settings, rates = _values(set_ or [], "--set"), _values(lr or [], "--lr")
     lines = texts.read_text("utf-8").splitlines() if texts else []
     held_out = [line for line in lines if len(line) > TEXT_CHARS][:TEXTS]
+    warm = calibration.read_text("utf-8").splitlines() if calibration else None
     rows = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for seed in range(seeds):
@@ -89,7 +92,7 @@ def bench_forgetting(
             config = LearnerConfig.from_dict({"ring_samples": ring, "seed": seed, **settings})
             for method in (m for m in get_args(Method) if m in methods.split(",")):
                 row = run_method(method, model, order, config, lr=rates.get(method), idle=idle,
-                                 texts=held_out, progress=progress)
+                                 texts=held_out, calibration=warm, progress=progress)
                 rows.append({**row, "stream": stream or "demo"})
                 typer.echo(_line(rows[-1]), err=True)
     if out is not None:
