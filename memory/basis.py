@@ -118,13 +118,6 @@ class ProjectionBasis:
         units, usable = orthonormal.unit_rows(candidates, self.d_in)
         return torch.where(usable, orthonormal.residual(self._rows, units.float()).norm(dim=1), 0.0)
 
-    def replacement_slot(self) -> int | None:
-        """The slot that the next novel direction takes over: the least used, then the longest in P.
-
-        None while a slot is free, and when every direction is fixed.
-        """
-        return self._least_used(()) if self.columns == self.capacity else None
-
     @torch.no_grad()
     def admit(
         self, candidates: Tensor, *, threshold: float = 0.5, fixed: bool = False, at_most: int | None = None
