@@ -173,6 +173,7 @@ def _source(launch: Launch) -> tuple[Any, dict[str, str], dict[tuple[int], Any],
         if isinstance(value, Tensor):
             kind = "*" + _TYPES[value.dtype]
             aligned = value.storage_offset() * value.element_size() % 16 == 0
+            aligned &= not parameter.do_not_specialize_on_alignment
         elif parameter.is_constexpr or value is None or (value == 1 and isinstance(value, int) and not general):
             kind = "constexpr"
             constants[index,] = value

@@ -50,8 +50,8 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
         return
     if not (on.is_cuda or INTERPRETED):
         raise RuntimeError(
-            f"the triton kernels run on CUDA, this tensor is on {on.device}: set OGPSTREAM_BACKEND=reference, "
-            "or TRITON_INTERPRET=1 before they are imported"
+            f"the triton kernels run on CUDA, this tensor is on {on.device}: call ogpstream.kernels.dispatch, "
+            "or set TRITON_INTERPRET=1 before they are imported"
         )
     # triton launches on the current device whatever the tensors are on
     with torch.cuda.device(on.device) if on.is_cuda else nullcontext():

@@ -16,7 +16,7 @@ from ogpstream.kernels import cross_entropy as _cross_entropy
 from ogpstream.kernels import lora_backward as _lora
 from ogpstream.kernels import projection as _projection
 from ogpstream.kernels.dispatch import Backend
-from ogpstream.kernels.launch import power_of_two
+from ogpstream.kernels.launch import INTERPRETED, power_of_two
 from ogpstream.kernels.lora_update import Block, update_
 from ogpstream.kernels.optimizer import Adam, Sgd, adam_, sgd_
 from ogpstream.kernels.projection import CHUNK
@@ -142,4 +142,5 @@ BACKEND = Backend(
     sgd_=sgd_,
     adam_=adam_,
     cross_entropy=cross_entropy,
+    on_host=INTERPRETED,
 )

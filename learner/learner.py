@@ -251,7 +251,8 @@ class StreamLearner:
         warm_up([(site.d_in, site.d_out, R, slice(start, start + rank))
                  for site in store.sites for R in columns for rank in ranks for start in starts if start + rank <= R],
                 dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
-        self._updater.proposer.warm_up(store.layout(config.rank))
+        for rank in ranks:
+            self._updater.proposer.warm_up(store.layout(rank))
 
     # learning
 

@@ -86,11 +86,11 @@ def stream(model, updates, **changes):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypatch, close):
+def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, device, monkeypatch, close):
     updates = 50
 
     def model():
-        return tiny_model("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=40)
+        return tiny_model("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=40).to(device)
 
     monkeypatch.setenv(dispatch.ENV, "reference")
     factors_ref, logits_ref, losses_ref = stream(model(), updates, optimizer=optimizer)
@@ -102,11 +102,12 @@ def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypa
     close(1e-5, losses=(torch.tensor(losses), torch.tensor(losses_ref)))
 
 
-def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do():
+def test_without_the_interpreter_the_reference_takes_host_tensors_and_a_launcher_says_what_to_do():
     code = (
-        "import torch; from ogpstream.kernels import dispatch\n"
-        "x = torch.zeros(2, 3)\n"
-        "try: dispatch.lora_forward(x, x.T[:, :1], x[:1], torch.ones(1))\n"
+        "import torch; from ogpstream.kernels import dispatch, lora_backward, reference\n"
+        "x = torch.ones(2, 3); operands = x, x.T[:, :1], x[:1], torch.ones(1)\n"
+        "assert torch.equal(dispatch.lora_forward(*operands)[0], reference.lora_forward(*operands)[0])\n"
+        "try: lora_backward.lora_forward(*operands)\n"
         "except RuntimeError as error: print(error)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing"), dispatch.ENV: "triton"}
@@ -114,5 +115,5 @@ def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do():
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.startswith("the triton kernels run on CUDA, this tensor is on cpu: set"), done.stderr
-    assert "OGPSTREAM_BACKEND=reference" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
+    assert done.stdout.startswith("the triton kernels run on CUDA, this tensor is on cpu: call"), done.stderr
+    assert "ogpstream.kernels.dispatch" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
