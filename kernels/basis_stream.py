@@ -53,6 +53,11 @@ class BasisStream:
             self._copy(piece)
 
     @property
+    def bases(self) -> tuple[Tensor, ...]:
+        """Those in host RAM whose turn is still to come."""
+        return tuple(self._bases)
+
+    @property
     def rows(self) -> Tensor:
         """The basis in host RAM whose turn it is; IndexError after the last."""
         return self._bases[0]

@@ -118,4 +118,15 @@ def require_rows(name: str, tensor: Tensor, *shape: int, dtypes: tuple[torch.dty
     require(not dtypes or tensor.dtype in dtypes, f"{name} is {tensor.dtype}, needs one of {names}")
 
 
+def require_view(name: str, view: Tensor, whole_name: str, whole: Tensor) -> int:
+    """A view of a contiguous tensor; returns the element that it begins at, ValueError names it."""
+    start = view.storage_offset() - whole.storage_offset()
+    last = start + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True))
+    # _cdata and not data_ptr, which fake tensors have not
+    same = view.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    inside = not view.numel() or 0 <= start <= last < whole.numel()
+    require(same and inside and view.dtype == whole.dtype, f"{name} is no view of {whole_name}")
+    return start
+
+
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
