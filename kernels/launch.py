@@ -120,7 +120,7 @@ def require_rows(name: str, tensor: Tensor, *shape: int, dtypes: tuple[torch.dty
 
 def require_view(name: str, view: Tensor, whole_name: str, whole: Tensor) -> int:
     """A view of a contiguous tensor; returns the element that it begins at, ValueError names it."""
-    start = view.storage_offset() - whole.storage_offset()
+    start = int(view.storage_offset() - whole.storage_offset())
     last = start + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True))
     # _cdata and not data_ptr, which fake tensors have not
     same = view.untyped_storage()._cdata == whole.untyped_storage()._cdata

@@ -205,10 +205,12 @@ def _shrink(
         0 if v is None else cdiv(D, tile.width * n) for v, D, n in zip((x, g), (D_in, D_out), steps, strict=True)
     ]
     h, Y = (torch.empty(S, T, R, dtype=torch.float32, device=A.device) for S in splits)
+    # of a single column any stride is right; with a 1 and an odd width ptxas takes 16 bytes of stack on sm_90
+    of_rank = (0, 0) if R == 1 else (A.stride(1), B.stride(0))
     launch(
         shrink_kernel, (cdiv(T, tile.tokens), cdiv(R, rank_block), sum(splits)), some,
         some if x is None else x, A, h, some if g is None else g, B, Y, scale, T,
-        some.stride(0), *A.stride(), some.stride(0) if g is None else g.stride(0), *B.stride(),
+        some.stride(0), A.stride(0), of_rank[0], some.stride(0) if g is None else g.stride(0), of_rank[1], B.stride(1),
         D_IN=D_in, D_OUT=D_out, R=R, SPLITS_IN=splits[0], STEPS_IN=steps[0], STEPS_OUT=steps[1],
         BT=tile.tokens, BD=tile.width, BR=rank_block, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

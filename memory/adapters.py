@@ -25,8 +25,13 @@ from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 from ogpstream.memory.room import Room, Sources, put
 
-# matrices in a served slab start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
+# matrices and scales of a served version start at multiples of 16 elements: 32 B in bf16, so that loads can be vector
+# loads, and one kernel serves all of a shape
 _ALIGN = 16
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // _ALIGN) * _ALIGN
 
 
 class UnknownExpert(KeyError):
@@ -199,7 +204,8 @@ class AdapterStore:
         staged = self.device.type != "cpu"
         return Room(
             torch.empty(numel, dtype=self.serve_dtype, device=self.device),
-            torch.empty(sum(ranks), dtype=torch.promote_types(self.serve_dtype, torch.float32), device=self.device),
+            torch.empty(sum(map(_aligned, ranks)), dtype=torch.promote_types(self.serve_dtype, torch.float32),
+                        device=self.device),
             torch.empty(widest if staged else 0, dtype=self.dtype, device=self.device),
         )
 
@@ -296,7 +302,7 @@ class AdapterStore:
             held_ranks = tuple(part.rank for part in held)
             if held_ranks not in scales:
                 values = self._scale(experts, held_ranks)
-                own = room.scales[sum(map(len, scales.values())) :][: len(values)]
+                own = room.scales[sum(_aligned(len(other)) for other in scales.values()) :][: len(values)]
                 scales[held_ranks] = own.copy_(torch.tensor(values, dtype=own.dtype))
             packs.append(Pack(a, b, scales[held_ranks], trained))
         self._made_of = made_of
@@ -307,7 +313,7 @@ class AdapterStore:
         starts = [0]
         for site, rank in zip(self.sites, ranks, strict=True):
             for numel in (site.d_in * rank, rank * site.d_out):
-                starts.append(starts[-1] + -(-numel // _ALIGN) * _ALIGN)
+                starts.append(starts[-1] + _aligned(numel))
         return starts
 
     def _scale(self, experts: Sequence[Expert], held_ranks: Sequence[int]) -> list[float]:
