@@ -49,7 +49,7 @@ _LORA = [
     (1000, 3000, 200, slice(0, 64), 300), (1000, 3000, 1, slice(0, 1), 300), _MLP,
 ]  # fmt: skip
 # (D, M, weighted, served): a streamed chunk, with shares to remove and a serving copy and without; M = 256 and the
-# largest, resident; the same at a width that leaves more than the four parts of the coefficients that are summed unrolled
+# largest, resident; the same at a width that leaves more than the four parts of coefficients that are summed unrolled
 _PROJECTIONS = [
     (2048, 32, True, True), (2048, 32, False, False), (2048, 256, False, False), (2048, 512, False, True),
     (4096, 32, False, True), (4096, 512, False, False),

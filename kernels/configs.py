@@ -13,6 +13,8 @@ from functools import lru_cache
 
 import torch
 
+CHUNK = 32  # directions of P in one product, and in one buffer of a streamed basis
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import reference
-from ogpstream.kernels.configs import CUBLAS, capability
+from ogpstream.kernels.configs import CHUNK, CUBLAS, capability
 
 ENV = "OGPSTREAM_BACKEND"
 # each has its Backend under the name BACKEND
@@ -127,7 +127,7 @@ def lora_backward(
     return backend_for(x, "lora_backward").lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=base_dx)
 
 
-def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = 32, weights: Tensor | None = None) -> Tensor:
+def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = CHUNK, weights: Tensor | None = None) -> Tensor:
     """`Z -= P_c (w_c * P_c.T Z)` in place, chunk after chunk; returns the coefficients: see `reference`."""
     _check_master("Z", Z)
     D, _ = _check_matrix("Z", Z)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels.basis_stream import BasisStream
+from ogpstream.kernels.configs import CHUNK
 from ogpstream.kernels.launch import require, require_rows, require_view
 from ogpstream.kernels.lora_backward import lora_backward_parts, token_splits
 from ogpstream.kernels.optimizer import Adam, Sgd, step_
-from ogpstream.kernels.projection import CHUNK, project_out_
+from ogpstream.kernels.projection import project_out_
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,11 @@ def step_(
 
 
 def sgd_(w: Tensor, g: Tensor, *, lr: float, weight_decay: float = 0.0) -> None:
-    """`reference.sgd_` for contiguous float32 masters, in one launch."""
+    """`reference.sgd_` for contiguous float32 masters, in one launch.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+    """
     step_(_flat("w", w), _flat("g", g)[None], Sgd(lr, weight_decay))
 
 
@@ -141,7 +145,11 @@ def adam_(
     eps: float,
     weight_decay: float = 0.0,
 ) -> None:
-    """`reference.adam_` for contiguous float32 masters and moments, in two launches."""
+    """`reference.adam_` for contiguous float32 masters and moments, in two launches.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+    """
     rule = Adam(_flat("exp_avg", exp_avg), _flat("exp_avg_sq", exp_avg_sq), step, lr, betas, eps, weight_decay)
     step_(_flat("w", w), _flat("g", g)[None], rule)
 

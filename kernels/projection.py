@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels.basis_stream import BasisStream
-from ogpstream.kernels.configs import config_for
+from ogpstream.kernels.configs import CHUNK, config_for
 from ogpstream.kernels.device_update import coefficients_kernel, removal_kernel
 from ogpstream.kernels.launch import (
     HALF_OR_SINGLE,
@@ -22,8 +22,6 @@ from ogpstream.kernels.launch import (
     require_rows,
     written,
 )
-
-CHUNK = 32  # directions in one product, and in one buffer of a streamed basis
 
 
 def project_out_(

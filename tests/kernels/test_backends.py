@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ogpstream.kernels import dispatch, reference
+from ogpstream.kernels import cublas_backend, dispatch, reference
 from ogpstream.kernels.launch import record_launches
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 
@@ -66,6 +66,23 @@ def test_optimizers_and_loss(backend, device, close):
     loss, dlogits = dispatch.cross_entropy(normal(3, 77), target)
     loss_ref, dlogits_ref = reference.cross_entropy(normal(3, 77).double(), target)
     close(1e-6, loss=(loss, loss_ref), dlogits=(dlogits, dlogits_ref))
+
+
+def test_cublas_is_ieee_until_the_last_thread_has_left_and_then_as_it_was():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        # as two threads may interleave: the first to come is the first to leave
+        first, second = cublas_backend._ieee(), cublas_backend._ieee()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert settings.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
 
 
 def stream(model, updates, **changes):

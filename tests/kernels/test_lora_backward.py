@@ -76,7 +76,7 @@ def test_long_sums_over_tokens_keep_their_precision(problem, close):
     p, trained = problem(4096, 7, 5, 2), slice(0, 2)
     ref = p.double()
     _, h = reference.lora_forward(ref.x, ref.A, ref.B, ref.scale)
-    dA, dB, dx = lora.lora_backward(*p.operands, trained=trained, h=h.float())
+    dA, dB, dx = lora.lora_backward(*p.operands, trained=trained, h=h.float().contiguous())
     dA_ref, dB_ref, dx_ref = reference.lora_backward(*ref.operands, trained=trained)
     close(1e-6, dA=(dA, dA_ref), dB=(dB, dB_ref), dx=(dx, dx_ref))
 
