@@ -31,7 +31,7 @@ from ogpstream.kernels.configs import assume_capability
 from ogpstream.kernels.cross_entropy import cross_entropy
 from ogpstream.kernels.launch import INTERPRETED, Launch, record_launches
 from ogpstream.kernels.lora_backward import lora_backward, lora_forward
-from ogpstream.kernels.optimizer import Adam, Sgd, step_
+from ogpstream.kernels.optimizer import Adam, Sgd, adam_, sgd_, step_, sum_splits
 from ogpstream.kernels.projection import project_out_
 
 # shared memory that one program may have, in bytes (CUDA programming guide, compute capabilities)
@@ -39,11 +39,21 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-# (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; the widest rank with odd widths; the MLP of an 8B model,
-# both ways at once, which leaves the most parts of h and Y
+# (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; a fresh learner's first update, of one rank block of 16;
+# the widest and the least rank with odd widths; the MLP of an 8B model, both ways at once, which leaves the most parts
+# of h and Y
 _USUAL = (2048, 2048, 48, slice(8, 16), 1024)
 _MLP = (14336, 14336, 48, slice(0, 8), 1024)
-_LORA = [_USUAL, (1000, 3000, 200, slice(0, 64), 300), _MLP]
+_LORA = [
+    _USUAL, (2048, 2048, 16, slice(0, 8), 1024),
+    (1000, 3000, 200, slice(0, 64), 300), (1000, 3000, 1, slice(0, 1), 300), _MLP,
+]  # fmt: skip
+# (D, M, weighted, served): a streamed chunk, with shares to remove and a serving copy and without; M = 256 and the
+# largest, resident; the same at a width that leaves more than the four parts of coefficients that are summed unrolled
+_PROJECTIONS = [
+    (2048, 32, True, True), (2048, 32, False, False), (2048, 256, False, False), (2048, 512, False, True),
+    (4096, 32, False, True), (4096, 512, False, False),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def cases(arch: int) -> list[Case]:
                 D_in, D_out, R, trained, T = size
                 x, g = torch.empty(T, D_in, dtype=dtype), torch.empty(T, D_out, dtype=dtype)
                 A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
-                label, scale = f"{str(dtype)[6:]} R{R}", torch.empty(R)
+                label, scale = f"{str(dtype)[6:]} {D_in}x{D_out} R{R}", torch.empty(R)
                 with record_launches() as record:
                     _, h = lora_forward(x, A, B, scale)
                 # the width of a model changes nothing of K1 but the number of its splits
@@ -129,17 +139,26 @@ def cases(arch: int) -> list[Case]:
                 cross_entropy(torch.empty(128, 32000, dtype=dtype), torch.empty(128, dtype=torch.int64))
             add(str(dtype)[6:], {}, record)
         n, serving = 1 << 20, torch.empty(1 << 20, dtype=torch.bfloat16)
-        w, m, v, parts = torch.empty(n), torch.empty(n), torch.empty(n), torch.empty(4, n)
-        with record_launches() as record:
-            step_(w, parts, Sgd(1e-4), first=n // 2, serving=serving, serve_from=n // 2)
-            step_(w, parts, Adam(m, v, 1, 1e-4, (0.9, 0.99), 1e-8), first=n // 2, serving=serving, serve_from=n // 2)
-        add("4 parts", {}, record)
-        products = dict.fromkeys(("coefficients_kernel", "removal_kernel"), "float32")
-        for chunk in (32, 256):
-            Z, copy = torch.empty(2048, 512), torch.empty(2048, 512, dtype=torch.bfloat16)
+        w, m, v = torch.empty(n), torch.empty(n), torch.empty(n)
+        # the parts of one sample of up to 512 tokens, of two of 1024, and the most that a batch of eight of these has
+        for S in (1, 4, 16):
+            parts = torch.empty(S, n)
             with record_launches() as record:
-                project_out_(Z, torch.empty(chunk, 2048), chunk=chunk, weights=torch.empty(chunk), serving=copy)
-            add(f"{chunk} directions", products, record)
+                for rule in (Sgd(1e-4), Adam(m, v, 1, 1e-4, (0.9, 0.99), 1e-8)):
+                    step_(w, parts, rule, first=n // 2, serving=serving, serve_from=n // 2)
+                sum_splits(parts)
+            add(f"{S} part{'s'[: S > 1]}", {}, record)
+        # as the learner steps: one gradient and no serving copy
+        with record_launches() as record:
+            sgd_(w, v, lr=1e-4)
+            adam_(w, w, m, v, step=1, lr=1e-4, betas=(0.9, 0.99), eps=1e-8)
+        add("1 part, not served", {}, record)
+        products = dict.fromkeys(("coefficients_kernel", "removal_kernel"), "float32")
+        for D, M, weighted, served in _PROJECTIONS:
+            Z, copy = torch.empty(D, 512), torch.empty(D, 512, dtype=torch.bfloat16) if served else None
+            with record_launches() as record:
+                project_out_(Z, torch.empty(M, D), chunk=M, weights=torch.empty(M) if weighted else None, serving=copy)
+            add(f"{D}, {M} directions{', weighted' * weighted}", products, record)
     unique: dict[tuple[str, str], Case] = {}
     for case in found:
         unique.setdefault((case.launch.name, repr(_source(case.launch)[1:])), case)
@@ -201,9 +220,18 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main(names: Sequence[str]) -> int:
-    """Compile for the named architectures (all if none), print one line a kernel; 1 if one has a fault."""
+    """Compile for the named architectures (all if none), print one line a kernel.
+
+    Returns:
+        0; 1 if a kernel has a fault, 2 if a name is not of an architecture that the gate knows.
+    """
+    known = {f"sm_{arch}": arch for arch in SHARED_LIMIT}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        print(f"aot: {', '.join(unknown)} is unknown: use {', '.join(known)}", file=sys.stderr)
+        return 2
     faulty = 0
-    for arch in [int(name.removeprefix("sm_")) for name in names] or SHARED_LIMIT:
+    for arch in [known[name] for name in names] or SHARED_LIMIT:
         for case in cases(arch):
             compiled = compile_case(case, arch)
             print(compiled, flush=True)

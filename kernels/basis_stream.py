@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ogpstream.kernels.configs import CHUNK
 from ogpstream.kernels.launch import require, require_rows
 
 
@@ -29,7 +30,7 @@ class BasisStream:
         ValueError: a basis is no contiguous float32 matrix; the message says what is wrong.
     """
 
-    def __init__(self, bases: Sequence[Tensor], device: torch.device, chunk: int = 32) -> None:
+    def __init__(self, bases: Sequence[Tensor], device: torch.device, chunk: int = CHUNK) -> None:
         require(chunk >= 1, f"chunk is {chunk}, needs at least 1 direction")
         for rows in bases:
             require(rows.dim() == 2, f"rows has shape {list(rows.shape)}, needs 2 dimensions")
@@ -51,6 +52,11 @@ class BasisStream:
             self._buffers.record_stream(self._side)
         for piece in range(min(2, len(self._pieces))):
             self._copy(piece)
+
+    @property
+    def bases(self) -> tuple[Tensor, ...]:
+        """Those in host RAM whose turn is still to come."""
+        return tuple(self._bases)
 
     @property
     def rows(self) -> Tensor:

@@ -1,18 +1,19 @@
 """Tile sizes by compute capability, and which backend `auto` takes: tables, because nothing is tuned at run time.
 
 An entry exists where something is known about a card: that the ahead-of-time gate refuses the default there, or a
-measurement. Any other card gets the default, which passes the gate for every card from sm_80 on.
+measurement. Any other card gets the default, which passes the gate on sm_80, sm_86 and sm_90.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+CHUNK = 32  # directions of P in one product, and in one buffer of a streamed basis
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,28 @@ CONFIGS: dict[tuple[int, int], Config] = {}
 _NO_TENSOR_CORES = frozenset({"lora_forward", "lora_backward"})
 CUBLAS: dict[tuple[int, int], frozenset[str]] = {(7, 0): _NO_TENSOR_CORES, (7, 5): _NO_TENSOR_CORES}
 
-_assumed: ContextVar[tuple[int, int] | None] = ContextVar("ogpstream_capability", default=None)
+# of the process, since autograd runs the backward of CUDA tensors in a thread of its own
+_assumed: tuple[int, int] | None = None
 
 
 @contextmanager
 def assume_capability(found: tuple[int, int]) -> Iterator[None]:
-    """Take every device for one of this capability: to compile for a card that is not there."""
-    token = _assumed.set(found)
+    """Take every device for one of this capability, in all threads: to compile for a card that is not there.
+
+    One thread opens such contexts, one within the other.
+    """
+    global _assumed
+    before, _assumed = _assumed, found
     try:
         yield
     finally:
-        _assumed.reset(token)
+        _assumed = before
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a device; None for a CPU, and for the CUDA device of a fake tensor where there is none."""
-    if device.type != "cuda" or _assumed.get() is not None:
-        return _assumed.get()
+    if device.type != "cuda" or _assumed is not None:
+        return _assumed
     return _capability(device)
 
 

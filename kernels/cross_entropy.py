@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ogpstream.kernels.configs import config_for
 from ogpstream.kernels.device_loss import cross_entropy_kernel
-from ogpstream.kernels.launch import HALF_OR_SINGLE, launch, power_of_two, require, require_rows
+from ogpstream.kernels.launch import HALF_OR_SINGLE, cdiv, launch, power_of_two, require, require_rows
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,6 +32,6 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     block = min(config_for(logits.device).vocabulary, power_of_two(V))
     launch(
         cross_entropy_kernel, (n,), logits,
-        logits, target, loss, dlogits, logits.stride(0), V=V, STEPS=triton.cdiv(V, block), BLOCK=block,
+        logits, target, loss, dlogits, logits.stride(0), V=V, STEPS=cdiv(V, block), BLOCK=block,
     )  # fmt: skip
     return loss.sum(), dlogits

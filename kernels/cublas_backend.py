@@ -8,25 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from ogpstream.kernels import reference
 from ogpstream.kernels.basis_stream import BasisStream
+from ogpstream.kernels.configs import CHUNK
 from ogpstream.kernels.dispatch import Backend
+
+# the setting is the process's: the first thread that needs it changes it, the last one gives it back
+_lock = Lock()
+_depth, _before = 0, ""
 
 
 @contextmanager
 def _ieee() -> Iterator[None]:
     """float32 products in float32, whatever the process allows: TF32 leaves 2.6e-4 of Z in span(P)."""
+    global _depth, _before
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    with _lock:
+        if _depth == 0:
+            _before, settings.fp32_precision = settings.fp32_precision, "ieee"
+        _depth += 1
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                settings.fp32_precision = _before
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -66,7 +78,7 @@ def lora_backward(
     return dA, dB, dx
 
 
-def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = 32, weights: Tensor | None = None) -> Tensor:
+def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = CHUNK, weights: Tensor | None = None) -> Tensor:
     """`reference.project_out_` for a float32 Z: two calls a chunk; rows from the host come by a `BasisStream`."""
     rows = rows.to(Z.dtype)
     coef = torch.empty(len(rows), Z.shape[1], dtype=Z.dtype, device=Z.device)

@@ -20,6 +20,8 @@ def _rows_times(
     BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[split, t, r] = scale[r] * sum over this split's d of x[t, d] w[d, r]."""
+    # here and below: the interpreter multiplies tiles that tensor cores do not
+    tl.static_assert(BR >= 16)
     dtype: tl.constexpr = x.dtype.element_ty
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -64,6 +66,7 @@ def expand_kernel(
     BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y = h B from the parts of h `[PARTS, T, R]`, which the first column of programs also leaves summed in h_sum."""
+    tl.static_assert(BR >= 16)
     dtype: tl.constexpr = y.dtype.element_ty
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     d = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
@@ -125,7 +128,7 @@ def gradient_kernel(
     PARTS_H: tl.constexpr, PARTS_Y: tl.constexpr, STEPS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """K2: x and g are read once, by one launch of three kinds of programs.
+    """K2: one launch of three kinds of programs; x and g are read once for each block of BK trained columns.
 
     Grid axis 0: blocks of D_in that finish dx = base_dx + Y A.T, then blocks of D_in that make parts of
     dA = x.T Y[:, trained], then blocks of D_out that make parts of dB = h[:, trained].T g. Axis 1: splits of the
@@ -133,6 +136,7 @@ def gradient_kernel(
     bytes at a time. A is that of before any update. dA and dB are float32 parts, stride_dAs and stride_dBs elements
     apart.
     """
+    tl.static_assert(BR >= 16 and BK >= 16)
     dtype: tl.constexpr = x.dtype.element_ty
     blocks_in: tl.constexpr = (D_IN + BD - 1) // BD
     block, split = tl.program_id(0), tl.program_id(1).to(tl.int64)

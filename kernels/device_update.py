@@ -20,6 +20,7 @@ def _gradient(parts, i, inside, splits, stride_s, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits"])
 def sum_kernel(parts, out, numel, splits, stride_s, S: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = the sum of `splits` parts, stride_s elements apart, in a fixed order; S is splits or more."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, _gradient(parts, i, i < numel, splits, stride_s, S), mask=i < numel)
 
@@ -35,7 +36,8 @@ def sgd_kernel(
     new -= lr * _gradient(parts, i, i < numel, splits, stride_s, S)
     tl.store(w + i, new, mask=i < numel)
     if serving is not None:
-        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=(i >= serve_from * UNIT) & (i < numel))
+        served = (i >= serve_from.to(tl.int64) * UNIT) & (i < numel)
+        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=served)
 
 
 @triton.jit(do_not_specialize=["numel", "first", "programs", "splits"])
@@ -87,7 +89,8 @@ def adam_kernel(
     new = decay * tl.load(w + i, mask=i < end, other=0.0) - lr * change
     tl.store(w + i, new, mask=i < end)
     if serving is not None:
-        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=(i >= serve_from * UNIT) & (i < end))
+        served = (i >= serve_from.to(tl.int64) * UNIT) & (i < end)
+        tl.store(serving + i, narrow(new, serving.dtype.element_ty), mask=served)
 
 
 @triton.jit(do_not_specialize=["M"])

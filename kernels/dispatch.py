@@ -5,7 +5,8 @@ Which backend, says the environment variable OGPSTREAM_BACKEND, read at every ca
     auto         (default) on a CUDA device triton, or cublas for what `configs.CUBLAS` says of that card, and where
                  triton is not installed; elsewhere, and in float64, the reference
     reference    plain torch, everywhere
-    triton       the Triton kernels; on a CPU they need TRITON_INTERPRET=1 from the start of the process
+    triton       the Triton kernels. Host tensors, of which a learner on a GPU has some, they take only where
+                 TRITON_INTERPRET=1 was set from the start of the process; else the reference computes with these
     cublas       hand-written cuBLAS calls; on a CPU the same calls of its BLAS
 
 A backend is imported when it is first asked for: importing this module needs torch alone.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import reference
-from ogpstream.kernels.configs import CUBLAS, capability
+from ogpstream.kernels.configs import CHUNK, CUBLAS, capability
 
 ENV = "OGPSTREAM_BACKEND"
 # each has its Backend under the name BACKEND
@@ -29,7 +30,11 @@ _MODULES = {"cublas": "ogpstream.kernels.cublas_backend", "triton": "ogpstream.k
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of all operations; signatures and meaning are those of `kernels.reference`."""
+    """One implementation of all operations; signatures and meaning are those of `kernels.reference`.
+
+    Attributes:
+        on_host: it computes with tensors in host memory; where it does not, the reference does.
+    """
 
     name: str
     lora_forward: Callable[..., tuple[Tensor, Tensor]]
@@ -38,6 +43,7 @@ class Backend:
     sgd_: Callable[..., None]
     adam_: Callable[..., None]
     cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    on_host: bool = True
 
 
 _backends: dict[str, Backend] = {}
@@ -76,7 +82,7 @@ def backend_for(tensor: Tensor, operation: str) -> Backend:
     if backend is None:
         known = ", ".join(["auto", *sorted({*_backends, *_MODULES} - {choice})])
         raise ValueError(f"{ENV}={choice}: there is no such backend here, set it to one of: {known}")
-    return backend
+    return backend if backend.on_host or tensor.is_cuda else _backends["reference"]
 
 
 def _backend(name: str) -> Backend | None:
@@ -121,7 +127,7 @@ def lora_backward(
     return backend_for(x, "lora_backward").lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=base_dx)
 
 
-def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = 32, weights: Tensor | None = None) -> Tensor:
+def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = CHUNK, weights: Tensor | None = None) -> Tensor:
     """`Z -= P_c (w_c * P_c.T Z)` in place, chunk after chunk; returns the coefficients: see `reference`."""
     _check_master("Z", Z)
     D, _ = _check_matrix("Z", Z)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,9 @@ class Launch(NamedTuple):
         return name
 
 
-_record: ContextVar[list[Launch] | None] = ContextVar("ogpstream_launches", default=None)
+# of the process, since autograd runs the backward of CUDA tensors in a thread of its own
+_records: tuple[list[Launch], ...] = ()
+_lock = Lock()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options: Any) -> None:
@@ -43,15 +45,16 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
     """
     if 0 in grid:
         return
-    record = _record.get()
-    if record is not None:
-        record.append(Launch(kernel, grid, args, options))
+    if _records:
+        with _lock:
+            for record in _records:
+                record.append(Launch(kernel, grid, args, options))
     if isinstance(on, FakeTensor):
         return
     if not (on.is_cuda or INTERPRETED):
         raise RuntimeError(
-            f"the triton kernels run on CUDA, this tensor is on {on.device}: set OGPSTREAM_BACKEND=reference, "
-            "or TRITON_INTERPRET=1 before they are imported"
+            f"the triton kernels run on CUDA, this tensor is on {on.device}: call ogpstream.kernels.dispatch, "
+            "or set TRITON_INTERPRET=1 before they are imported"
         )
     # triton launches on the current device whatever the tensors are on
     with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
@@ -60,19 +63,27 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **options
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """The launches of this thread or task while the context is open; they keep their tensors alive."""
+    """The launches of all threads while the context is open; they keep their tensors alive."""
+    global _records
     record: list[Launch] = []
-    token = _record.set(record)
+    with _lock:
+        _records = (*_records, record)
     try:
         yield record
     finally:
-        _record.reset(token)
+        with _lock:
+            _records = tuple(other for other in _records if other is not record)
 
 
 def written(*tensors: Tensor | None) -> None:
     """Tell autograd that these were changed in place: a raw write leaves a saved tensor silently wrong."""
     # tensors made in inference mode have no counter, and no graph can hold them
     torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+
+
+def cdiv(n: int, size: int) -> int:
+    """n / size, rounded up; triton.cdiv takes 6 us on the host, and a linear asks ten times."""
+    return -(-n // size)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -105,6 +116,17 @@ def require_rows(name: str, tensor: Tensor, *shape: int, dtypes: tuple[torch.dty
     require(contiguous, f"{name} has strides {tensor.stride()}, needs 1 in the last dimension")
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     require(not dtypes or tensor.dtype in dtypes, f"{name} is {tensor.dtype}, needs one of {names}")
+
+
+def require_view(name: str, view: Tensor, whole_name: str, whole: Tensor) -> int:
+    """A view of a contiguous tensor; returns the element that it begins at, ValueError names it."""
+    start = int(view.storage_offset() - whole.storage_offset())
+    last = start + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True))
+    # _cdata and not data_ptr, which fake tensors have not
+    same = view.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    inside = not view.numel() or 0 <= start <= last < whole.numel()
+    require(same and inside and view.dtype == whole.dtype, f"{name} is no view of {whole_name}")
+    return start
 
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,6 +15,7 @@ from ogpstream.kernels.configs import Config, config_for
 from ogpstream.kernels.device_lora import expand_kernel, gradient_kernel, shrink_kernel
 from ogpstream.kernels.launch import (
     HALF_OR_SINGLE,
+    cdiv,
     launch,
     power_of_two,
     require,
@@ -50,7 +51,7 @@ def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor
     config = config_for(x.device)
     tile = config.lora(x.dtype).expand
     launch(
-        expand_kernel, (_blocks(T, tile.tokens), _blocks(D_out, tile.width)), x,
+        expand_kernel, (cdiv(T, tile.tokens), cdiv(D_out, tile.width)), x,
         parts, B, y, h, T, *B.stride(),
         D_OUT=D_out, R=R, PARTS=len(parts), BT=tile.tokens, BD=tile.width, BR=_rank_block(config, R),
         num_warps=tile.warps, num_stages=tile.stages,
@@ -61,7 +62,7 @@ def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor
 def token_splits(T: int, x: Tensor) -> int:
     """How many parts K2 leaves of dA and dB for a sample of T tokens with inputs like x."""
     tile = config_for(x.device).lora(x.dtype).gradient
-    return max(1, _blocks(T, tile.tokens * tile.steps))
+    return max(1, cdiv(T, tile.tokens * tile.steps))
 
 
 def lora_backward_parts(
@@ -117,14 +118,14 @@ def lora_backward_parts(
     h = parts_h if h is None else h[None]
     config = config_for(x.device)
     tile, rank_block = config.lora(x.dtype).gradient, _rank_block(config, rank)
-    blocks_in, blocks_out = _blocks(D_in, tile.width), _blocks(D_out, tile.width)
+    blocks_in, blocks_out = cdiv(D_in, tile.width), cdiv(D_out, tile.width)
     blocks = 2 * blocks_in + blocks_out if rank else blocks_in
     # a float32 tile has two elements a thread, nothing to load wider, and ptxas then spills 8 bytes
     unit = 1 if x.dtype == torch.float32 else unit_of(trained.start, R)
     # no more steps than a short sample has, in powers of two: four kernels serve all lengths
-    steps = min(tile.steps, power_of_two(_blocks(T, tile.tokens)))
+    steps = min(tile.steps, power_of_two(cdiv(T, tile.tokens)))
     launch(
-        gradient_kernel, (blocks, splits, max(1, _blocks(rank, rank_block))), x,
+        gradient_kernel, (blocks, splits, max(1, cdiv(rank, rank_block))), x,
         x, g, A, h, parts_y, base_dx, dx, dA, dB, T, trained.start // unit,
         x.stride(0), g.stride(0), *A.stride(), 0 if base_dx is None else base_dx.stride(0), dx.stride(0),
         dA.stride(0), dA.stride(1), dB.stride(0), dB.stride(1),
@@ -165,7 +166,13 @@ def lora_backward(
 class LoraFunction(torch.autograd.Function):
     """`y = ((x A) * scale) B` for autograd; the gradients are those of `lora_backward`, bit for bit.
 
-    A, B are `[D_in, R]` and `[R, D_out]`, x is `[T, D_in]`. scale is a constant: it gets no gradient.
+    A, B are `[D_in, R]` and `[R, D_out]`, x is `[T, D_in]`; each is float32, bfloat16 or float16, rows of x contiguous.
+    scale is float32 `[R]` and a constant: it gets no gradient. y and the gradient of x have x's dtype, those of A and B
+    theirs. K2 makes no dA and dB where neither A nor B wants a gradient; dx it makes always.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+        RuntimeError: x, A, B or scale was changed in place between the forward and the backward pass.
     """
 
     @staticmethod
@@ -176,10 +183,12 @@ class LoraFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, A, B, scale, h = ctx.saved_tensors
-        dA, dB, dx = lora_backward(x, g.contiguous(), A, B, scale, trained=slice(0, A.shape[1]), h=h)
-        return dx, dA.to(A.dtype), dB.to(B.dtype), None
+        of_x, of_A, of_B, _ = ctx.needs_input_grad
+        trained = slice(0, A.shape[1] if of_A or of_B else 0)
+        dA, dB, dx = lora_backward(x, g.contiguous(), A, B, scale, trained=trained, h=h)
+        return dx if of_x else None, dA.to(A.dtype) if of_A else None, dB.to(B.dtype) if of_B else None, None
 
 
 def _shrink(
@@ -191,15 +200,17 @@ def _shrink(
     (D_in, R), D_out, T = A.shape, B.shape[1], len(some)
     config = config_for(some.device)
     tile, rank_block = config.lora(some.dtype).shrink, _rank_block(config, R)
-    steps = [min(tile.steps, power_of_two(_blocks(D, tile.width))) for D in (D_in, D_out)]
+    steps = [min(tile.steps, power_of_two(cdiv(D, tile.width))) for D in (D_in, D_out)]
     splits = [
-        0 if v is None else _blocks(D, tile.width * n) for v, D, n in zip((x, g), (D_in, D_out), steps, strict=True)
+        0 if v is None else cdiv(D, tile.width * n) for v, D, n in zip((x, g), (D_in, D_out), steps, strict=True)
     ]
     h, Y = (torch.empty(S, T, R, dtype=torch.float32, device=A.device) for S in splits)
+    # of a single column any stride is right; with a 1 and an odd width ptxas takes 16 bytes of stack on sm_90
+    of_rank = (0, 0) if R == 1 else (A.stride(1), B.stride(0))
     launch(
-        shrink_kernel, (_blocks(T, tile.tokens), _blocks(R, rank_block), sum(splits)), some,
+        shrink_kernel, (cdiv(T, tile.tokens), cdiv(R, rank_block), sum(splits)), some,
         some if x is None else x, A, h, some if g is None else g, B, Y, scale, T,
-        some.stride(0), *A.stride(), some.stride(0) if g is None else g.stride(0), *B.stride(),
+        some.stride(0), A.stride(0), of_rank[0], some.stride(0) if g is None else g.stride(0), of_rank[1], B.stride(1),
         D_IN=D_in, D_OUT=D_out, R=R, SPLITS_IN=splits[0], STEPS_IN=steps[0], STEPS_OUT=steps[1],
         BT=tile.tokens, BD=tile.width, BR=rank_block, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -222,7 +233,3 @@ def _check(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[int, int, in
 def _rank_block(config: Config, R: int) -> int:
     # 16: the K of the smallest product that tensor cores do; the interpreter would accept less
     return min(config.rank_block, power_of_two(R, least=16))
-
-
-def _blocks(n: int, size: int) -> int:
-    return -(-n // size)

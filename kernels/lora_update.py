@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels.basis_stream import BasisStream
-from ogpstream.kernels.launch import require, require_rows
+from ogpstream.kernels.configs import CHUNK
+from ogpstream.kernels.launch import require, require_rows, require_view
 from ogpstream.kernels.lora_backward import lora_backward_parts, token_splits
 from ogpstream.kernels.optimizer import Adam, Sgd, step_
-from ogpstream.kernels.projection import CHUNK, project_out_
+from ogpstream.kernels.projection import project_out_
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Block:
     Attributes:
         A: view `[D_in, K]` of the slab of masters.
         rows: P.T `[M, D_in]`, float32, contiguous: in pinned host RAM, or on the device where it is resident.
-        resident: all M directions at once, in two launches. Else the rows are streamed, 32 directions in two launches.
+        resident: all M directions at once, in two launches; the rows lie where the masters do. Else the rows are
+            streamed, 32 directions in two launches.
     """
 
     A: Tensor
@@ -75,31 +77,48 @@ class Parts:
             ends.append(ends[-1] + token_splits(T, like))
         self._splits = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
         self._missing = [slab.numel()] * len(tokens)
+        self._begun: list[set[int]] = [set() for _ in tokens]
         self.sums = torch.empty(ends[-1], slab.numel(), dtype=torch.float32, device=slab.device)
 
     def add(self, linear: Linear, sample: int = 0) -> Tensor:
-        """K1 and K2 of one linear, two launches; returns dx `[T, D_in]`."""
-        own = self.sums[self._splits[sample]]
+        """K1 and K2 of one linear, two launches; returns dx `[T, D_in]`.
+
+        Raises:
+            ValueError: a wrong shape, dtype or stride, a master that is no view of the slab, or one that this sample
+                has brought already; the message names it.
+            IndexError: there is no such sample.
+        """
+        own, begun = self.sums[self._splits[sample]], self._begun[sample]
+        masters = [("master_A", linear.master_A), ("master_B", linear.master_B)]
+        starts = [require_view(name, master, "the slab", self.slab) for name, master in masters]
+        for (name, master), start in zip(masters, starts, strict=True):
+            twice = start in begun and master.numel()
+            require(not twice, f"sample {sample} has the gradient of this {name}, at element {start}, already")
+        dA, dB = (
+            own[:, start:].as_strided((len(own), *master.shape), (own.stride(0), *master.stride()))
+            for start, (_, master) in zip(starts, masters, strict=True)
+        )
         dx = lora_backward_parts(
             linear.x, linear.g, linear.A, linear.B, linear.scale, trained=linear.trained, h=linear.h,
-            base_dx=linear.base_dx, dA=self._at(own, linear.master_A), dB=self._at(own, linear.master_B),
+            base_dx=linear.base_dx, dA=dA, dB=dB,
         )  # fmt: skip
+        begun.update(starts)
         self._missing[sample] -= linear.master_A.numel() + linear.master_B.numel()
         return dx
 
     def complete(self) -> Tensor:
-        """The parts, for `update_`; ValueError when a sample lacks a linear or has one twice."""
+        """The parts, for `update_`; ValueError when a sample lacks a linear."""
         for sample, missing in enumerate(self._missing):
-            require(not missing, f"sample {sample}: {missing} of {self.slab.numel()} gradients are missing (or double)")
+            require(not missing, f"sample {sample}: {missing} of {self.slab.numel()} gradients are missing")
         return self.sums
-
-    def _at(self, own: Tensor, master: Tensor) -> Tensor:
-        offset = own.storage_offset() + master.storage_offset() - self.slab.storage_offset()
-        return own.as_strided((len(own), *master.shape), (own.stride(0), *master.stride()), offset)
 
 
 def stream_of(blocks: Sequence[Block], device: torch.device) -> BasisStream:
-    """The stream of all bases of these blocks that are not resident: begun now, for `update_` to take from."""
+    """The stream of all bases of these blocks that are not resident: begun now, for `update_` to take from.
+
+    Raises:
+        ValueError: a basis is no contiguous float32 matrix; the message says what is wrong.
+    """
     return BasisStream([block.rows for block in blocks if not block.resident], device, CHUNK)
 
 
@@ -136,16 +155,24 @@ def update_(
     """
     # all of it before the first launch: after that the masters change
     require(numel_A is not None or bool(blocks) or isinstance(rule, Sgd), "numel_A: Adam without blocks needs it")
-    end = slab.storage_offset()
+    projected = 0
     for number, block in enumerate(blocks):
-        fits = block.A.is_contiguous() and block.A.storage_offset() == end
+        name = f"of block {number}"
+        for what, tensor in (("A", block.A), ("rows", block.rows)):
+            require(tensor.dim() == 2, f"{what} {name} has shape {list(tensor.shape)}, needs 2 dimensions")
+        fits = block.A.is_contiguous() and require_view(f"A {name}", block.A, "the slab", slab) == projected
         require(fits, f"block {number} does not begin where the one before ends: give all blocks of A in their order")
         width, D_in = block.rows.shape[-1], block.A.shape[0]
         require(width == D_in, f"block {number}: its basis has width {width}, its A {D_in}")
-        require_rows(f"rows of block {number}", block.rows, *block.rows.shape, dtypes=(torch.float32,))
-        end += block.A.numel()
-    stream = stream_of(blocks, slab.device) if stream is None else stream
-    projected = sum(block.A.numel() for block in blocks)
+        require_rows(f"rows {name}", block.rows, *block.rows.shape, dtypes=(torch.float32,))
+        here = not block.resident or block.rows.device == slab.device
+        require(here, f"rows {name} are on {block.rows.device}: a resident basis lies where the masters do")
+        projected += block.A.numel()
+    if stream is None:
+        stream = stream_of(blocks, slab.device)
+    streamed = [block.rows for block in blocks if not block.resident]
+    own = len(stream.bases) == len(streamed) and all(map(_same, stream.bases, streamed))
+    require(own, "stream has other bases than the blocks that are not resident: give that of stream_of(blocks, device)")
     step_(slab, parts, rule, first=projected if numel_A is None else numel_A, serving=serving, serve_from=projected)
     coefficients = []
     for block in blocks:
@@ -156,6 +183,12 @@ def update_(
         rows = block.rows if block.resident else stream
         coefficients.append(project_out_(block.A, rows, chunk=max(1, len(block.rows)), serving=copy))
     return coefficients
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one matrix in memory."""
+    place = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in (a, b)]
+    return place[0] == place[1]
 
 
 def lora_backward_project(

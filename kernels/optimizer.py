@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from ogpstream.kernels.configs import config_for
 from ogpstream.kernels.device_update import adam_kernel, moments_kernel, sgd_kernel, sum_kernel
 from ogpstream.kernels.launch import (
     HALF_OR_SINGLE,
+    cdiv,
     launch,
     power_of_two,
     require,
@@ -57,7 +57,7 @@ def sum_splits(parts: Tensor) -> Tensor:
     out = torch.empty(numel, dtype=torch.float32, device=parts.device)
     block = config_for(parts.device).elements
     launch(
-        sum_kernel, (triton.cdiv(numel, block),), parts,
+        sum_kernel, (cdiv(numel, block),), parts,
         parts, out, numel, S, parts.stride(0), S=power_of_two(S), BLOCK=block,
     )  # fmt: skip
     return out
@@ -97,16 +97,16 @@ def step_(
     decay = 1.0 - rule.lr * rule.weight_decay
     if isinstance(rule, Sgd):
         launch(
-            sgd_kernel, (triton.cdiv(numel, block),), w,
+            sgd_kernel, (cdiv(numel, block),), w,
             w, parts, serving, numel, serve_from // unit, S, parts.stride(0), float(rule.lr), decay, **source,
         )  # fmt: skip
         written(w, serving)
         return
     for name, moment in (("exp_avg", rule.exp_avg), ("exp_avg_sq", rule.exp_avg_sq)):
         require_rows(name, moment, numel, dtypes=(torch.float32,))
-    blocks = [triton.cdiv(n, block) for n in (first, numel - first)]
-    steps = power_of_two(triton.cdiv(max(blocks), _SUMS))
-    programs = [triton.cdiv(n, steps) for n in blocks]
+    blocks = [cdiv(n, block) for n in (first, numel - first)]
+    steps = power_of_two(cdiv(max(blocks), _SUMS))
+    programs = [cdiv(n, steps) for n in blocks]
     sums = torch.empty(sum(programs), dtype=torch.float32, device=w.device)
     beta1, beta2 = rule.betas
     launch(
@@ -125,7 +125,11 @@ def step_(
 
 
 def sgd_(w: Tensor, g: Tensor, *, lr: float, weight_decay: float = 0.0) -> None:
-    """`reference.sgd_` for contiguous float32 masters, in one launch."""
+    """`reference.sgd_` for contiguous float32 masters, in one launch.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+    """
     step_(_flat("w", w), _flat("g", g)[None], Sgd(lr, weight_decay))
 
 
@@ -141,7 +145,11 @@ def adam_(
     eps: float,
     weight_decay: float = 0.0,
 ) -> None:
-    """`reference.adam_` for contiguous float32 masters and moments, in two launches."""
+    """`reference.adam_` for contiguous float32 masters and moments, in two launches.
+
+    Raises:
+        ValueError: a wrong shape, dtype or stride; the message names the tensor.
+    """
     rule = Adam(_flat("exp_avg", exp_avg), _flat("exp_avg_sq", exp_avg_sq), step, lr, betas, eps, weight_decay)
     step_(_flat("w", w), _flat("g", g)[None], rule)
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import triton
 from torch import Tensor
 
 from ogpstream.kernels.basis_stream import BasisStream
-from ogpstream.kernels.configs import config_for
+from ogpstream.kernels.configs import CHUNK, config_for
 from ogpstream.kernels.device_update import coefficients_kernel, removal_kernel
 from ogpstream.kernels.launch import (
     HALF_OR_SINGLE,
+    cdiv,
     launch,
     power_of_two,
     require,
     require_rows,
     written,
 )
-
-CHUNK = 32  # directions in one product, and in one buffer of a streamed basis
 
 
 def project_out_(
@@ -73,23 +71,23 @@ def project_out_(
     if M == 0 and serving is not None:
         serving.copy_(Z)
     sums, removal = config_for(Z.device).coefficients, config_for(Z.device).removal
-    steps = min(sums.steps, power_of_two(triton.cdiv(D, sums.width)))
-    splits = triton.cdiv(D, sums.width * steps)
+    steps = min(sums.steps, power_of_two(cdiv(D, sums.width)))
+    splits = cdiv(D, sums.width * steps)
     parts = torch.empty(splits, min(chunk, M), K, dtype=torch.float32, device=Z.device)
     for start, here in chunks:
         m, own = len(here), slice(start, start + len(here))
         launch(
-            coefficients_kernel, (triton.cdiv(K, sums.tokens), triton.cdiv(m, CHUNK), splits), Z,
+            coefficients_kernel, (cdiv(K, sums.tokens), cdiv(m, CHUNK), splits), Z,
             Z, here, parts, K, m, Z.stride(0), here.stride(0), D=D, STEPS=steps,
             BM=CHUNK, BD=sums.width, BK=sums.tokens, num_warps=sums.warps, num_stages=sums.stages,
         )  # fmt: skip
         finished = serving if own.stop == M else None
         launch(
-            removal_kernel, (triton.cdiv(D, removal.width), triton.cdiv(K, removal.tokens)), Z,
+            removal_kernel, (cdiv(D, removal.width), cdiv(K, removal.tokens)), Z,
             Z, here, parts, None if weights is None else weights[own], coef[own], finished,
             K, m, Z.stride(0), here.stride(0), 0 if finished is None else finished.stride(0),
             # a power of two, so that a basis that grows is not compiled for anew at each chunk
-            D=D, PARTS=splits, CHUNKS=power_of_two(triton.cdiv(m, CHUNK)),
+            D=D, PARTS=splits, CHUNKS=power_of_two(cdiv(m, CHUNK)),
             BM=CHUNK, BD=removal.width, BK=removal.tokens, num_warps=removal.warps, num_stages=removal.stages,
         )  # fmt: skip
     written(Z, serving)

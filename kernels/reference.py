@@ -11,6 +11,8 @@ ones among them, M rows of a basis, K columns projected against it, n supervised
 import torch
 from torch import Tensor
 
+from ogpstream.kernels.configs import CHUNK
+
 _TILE = 256  # tokens summed at a time: one BLAS call may add its 2000 terms one by one, rounding 8e-7 instead of 3e-7
 
 
@@ -89,7 +91,7 @@ def lora_backward(
     return dA, dB, dx.to(x.dtype)
 
 
-def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = 32, weights: Tensor | None = None) -> Tensor:
+def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = CHUNK, weights: Tensor | None = None) -> Tensor:
     """Remove from Z, in place, what lies along protected directions, one chunk of them after the other.
 
         coef_c = P_c.T Z ; Z -= P_c (w_c * coef_c)        for the chunks c of the basis P

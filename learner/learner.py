@@ -235,11 +235,13 @@ class StreamLearner:
         from ogpstream.kernels import dispatch
 
         model, config, store = self.model, self.config, self.state.store
-        here = torch.empty(0, dtype=model.dtype, device=model.device)
-        if dispatch.backend_for(here, "cross_entropy").name != "triton":
-            return
-        from ogpstream.kernels.triton_backend import warm_up
 
+        def compiled(dtype: torch.dtype, *operations: str) -> bool:
+            here = torch.empty(0, dtype=dtype, device=model.device)
+            return any(dispatch.backend_for(here, operation).name == "triton" for operation in operations)
+
+        of_linears = compiled(model.dtype, "lora_forward", "lora_backward")
+        of_loss = compiled(model.dtype, "cross_entropy")
         experts = [store.expert(name) for name in store.names]
         widths = sorted(max([config.held_rank or 0, *(held.rank for held in expert.held)]) + expert.rank
                         for expert in experts)
@@ -248,10 +250,16 @@ class StreamLearner:
         # an expert's columns come after those of the others that are active with it
         starts = {sum(before) for n in range(config.max_active)
                   for before in combinations_with_replacement(sorted(ranks), n)}
-        warm_up([(site.d_in, site.d_out, R, slice(start, start + rank))
-                 for site in store.sites for R in columns for rank in ranks for start in starts if start + rank <= R],
-                dtype=model.dtype, device=model.device, tokens=self.max_tokens, vocabulary=self.vocab_size)
-        self._updater.proposer.warm_up(store.layout(config.rank))
+        shapes = [(site.d_in, site.d_out, R, slice(start, start + rank))
+                  for site in store.sites for R in columns for rank in ranks for start in starts if start + rank <= R]
+        if of_linears or of_loss:
+            from ogpstream.kernels.warm_up import warm_up
+
+            warm_up(shapes if of_linears else [], dtype=model.dtype, device=model.device, tokens=self.max_tokens,
+                    vocabulary=self.vocab_size if of_loss else None)
+        if compiled(store.dtype, "sgd_", "adam_", "project_out_"):
+            for rank in ranks:
+                self._updater.proposer.warm_up(store.layout(rank))
 
     # learning
 

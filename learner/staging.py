@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.learner.binding import GradientSink
-from ogpstream.memory.basis import ProjectionBasis
+from ogpstream.memory.basis import CHUNK, ProjectionBasis
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
 from ogpstream.memory.pinned import host_copy, host_empty, host_zeros
@@ -34,8 +34,6 @@ Mode = Literal["lean", "resident"]
 # bytes of P or of anchors on the device at a time: 128 directions of width 2048. A copy takes 20 us of a bus of
 # 50 GB/s, and the host as long for the two launches after it: a second buffer and stream for copies would gain nothing
 PIECE = 2**20
-# directions that a kernel multiplies at a time
-_CHUNK = 32
 
 
 def in_pieces(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -47,7 +45,7 @@ def in_pieces(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterato
     if rows.device == device:
         yield rows.to(dtype)
         return
-    count = max(_CHUNK, PIECE // (rows.element_size() * rows.shape[1]) // _CHUNK * _CHUNK)
+    count = max(CHUNK, PIECE // (rows.element_size() * rows.shape[1]) // CHUNK * CHUNK)
     for piece in rows.split(count):
         yield brought(piece, device).to(dtype)
 

@@ -25,8 +25,13 @@ from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 from ogpstream.memory.room import Room, Sources, put
 
-# matrices and scales that are served start at multiples of 16 elements: 32 B in bf16, so that loads can be vector loads
+# matrices and scales of a served version start at multiples of 16 elements: 32 B in bf16, so that loads can be vector
+# loads, and one kernel serves all of a shape
 _ALIGN = 16
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // _ALIGN) * _ALIGN
 
 
 class UnknownExpert(KeyError):
@@ -328,7 +333,3 @@ class AdapterStore:
     def _check_gate(name: str, gate: float) -> None:
         if not math.isfinite(gate):
             raise ValueError(f"gate of expert {name!r} is {gate}: it must be finite")
-
-
-def _aligned(numel: int) -> int:
-    return -(-numel // _ALIGN) * _ALIGN

@@ -1,12 +1,17 @@
 """Kernels that the ahead-of-time gate must refuse. Run as a script: prints what it says of each."""
 
+import contextlib
+import sys
+
 import torch
 import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ogpstream.kernels import aot
 from ogpstream.kernels.aot import Case, compile_case
 from ogpstream.kernels.launch import launch, record_launches
+from ogpstream.kernels.lora_backward import lora_backward, lora_forward
 
 
 @triton.jit
@@ -49,8 +54,25 @@ def main() -> None:
         with FakeTensorMode(), record_launches() as record:
             a = torch.empty(N, N, dtype=dtype)
             launch(kernel, (1,), a, a, a, torch.empty(N, N), N=N, num_warps=warps)
-        faults = compile_case(Case("planted", record[0], products), 86).faults
-        print(f"{kernel.fn.__name__}: {'; '.join(faults)}")
+        case = Case("planted", record[0], products)
+        print(f"{kernel.fn.__name__}: {'; '.join(compile_case(case, 86).faults)}")
+    aot.cases = lambda arch: [case]
+    with contextlib.redirect_stdout(sys.stderr):
+        status = aot.main(["sm_86"])
+    print(f"exit status: {status}")
+    # less than the least K of a product on tensor cores
+    with FakeTensorMode(), record_launches() as record:
+        x, A = torch.empty(64, 64), torch.empty(64, 16)
+        lora_forward(x, A, A.T, torch.empty(16))
+        lora_backward(x, x, A, A.T, torch.empty(16), trained=slice(0, 8), base_dx=x)
+    for each in record:
+        for option in ("BR", "BK"):
+            if option in each.options:
+                try:
+                    compile_case(Case("planted", each._replace(options=each.options | {option: 8}), "float32"), 86)
+                    print(f"{each.name} {option} 8: compiled")
+                except Exception as error:
+                    print(f"{each.name} {option} 8: {type(error.__cause__ or error).__name__}")
 
 
 if __name__ == "__main__":

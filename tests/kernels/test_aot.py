@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ogpstream.kernels import aot
+
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "shrink_kernel", "expand_kernel", "gradient_kernel", "sum_kernel", "sgd_kernel", "moments_kernel", "adam_kernel",
@@ -35,9 +37,15 @@ def test_every_kernel_compiles_without_a_fault(arch):
         # no trained column, and neither h nor base_dx given
         for form in (" r0 ", " nothing given "):
             assert dtype == "float16" or any(" gradient_kernel " in line and form in line for line in own), form
+    # the first update of a fresh learner, the least rank, the widest batch, P in any form
+    for size in ("shrink_kernel .*2048x2048 R16 ", "gradient_kernel .*2048x2048 R16 r8 ", "shrink_kernel .* R1 ",
+                 "gradient_kernel .* R1 r1 ", "(moments|sgd|sum)_kernel .*16 parts", "moments_kernel .*1 part ",
+                 "removal_kernel .*512 directions", "removal_kernel .*4096, ", "removal_kernel .* weighted",
+                 "removal_kernel .*, 32 directions "):  # fmt: skip
+        assert any(re.search(size, line) for line in lines), size
     # at a model's widths activations, masters and moments come 16 bytes at a time; adam also reads single sums
     for name, least in dict(shrink=92, expand=100, gradient=100, sgd=100, moments=100, adam=60).items():
-        own = [line for line in lines if f" {name}_kernel " in line and ("bfloat16 R48" in line or "4 parts" in line)]
+        own = [line for line in lines if re.search(rf" {name}_kernel .*(bfloat16 2048x2048 R48|[0-9] part)", line)]
         shares = [int(share) for line in own for share in re.findall(r"(\d+)% wide", line)]
         assert len(shares) == len(own) > 0 and min(shares) >= least, own
 
@@ -58,7 +66,16 @@ def test_planted_faults_are_refused():
     assert faults["spilling"].startswith("spills: ")
     assert faults["no_tensor_cores"] == "no tensor cores for half precision: products are half"
     assert re.search(r"\d+ bytes of shared memory, over the 101376 of sm_86", faults["too_much_shared"])
-    assert faults.keys() == {"tf32_dot", "spilling", "no_tensor_cores", "too_much_shared"}
+    assert faults.pop("exit status") == "1"
+    narrow = {name: fault for name, fault in faults.items() if name.endswith(" 8")}
+    assert narrow.keys() == {"shrink_kernel BR 8", "expand_kernel BR 8", "gradient_kernel BR 8", "gradient_kernel BK 8"}
+    assert set(narrow.values()) == {"CompileTimeAssertionFailure"}
+    assert faults.keys() - narrow.keys() == {"tf32_dot", "spilling", "no_tensor_cores", "too_much_shared"}
+
+
+def test_an_architecture_that_the_gate_does_not_know_is_an_error_of_one_line(capsys):
+    assert aot.main(["sm_90", "sm_89"]) == 2
+    assert capsys.readouterr() == ("", "aot: sm_89 is unknown: use sm_80, sm_86, sm_90\n")
 
 
 def test_the_gate_refuses_to_run_on_interpreted_kernels():

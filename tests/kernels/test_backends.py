@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ogpstream.kernels import dispatch, reference
+from ogpstream.kernels import cublas_backend, dispatch, reference
 from ogpstream.kernels.launch import record_launches
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 
@@ -68,6 +68,23 @@ def test_optimizers_and_loss(backend, device, close):
     close(1e-6, loss=(loss, loss_ref), dlogits=(dlogits, dlogits_ref))
 
 
+def test_cublas_is_ieee_until_the_last_thread_has_left_and_then_as_it_was():
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        # as two threads may interleave: the first to come is the first to leave
+        first, second = cublas_backend._ieee(), cublas_backend._ieee()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert settings.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
+
+
 def stream(model, updates, **changes):
     """Masters and served logits of a learner after some updates of single samples, and its report of each loss."""
     config = LearnerConfig(
@@ -86,11 +103,11 @@ def stream(model, updates, **changes):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypatch, close):
+def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, device, monkeypatch, close):
     updates = 50
 
     def model():
-        return tiny_model("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=40)
+        return tiny_model("llama", num_hidden_layers=1, hidden_size=24, intermediate_size=40).to(device)
 
     monkeypatch.setenv(dispatch.ENV, "reference")
     factors_ref, logits_ref, losses_ref = stream(model(), updates, optimizer=optimizer)
@@ -102,11 +119,12 @@ def test_the_learner_learns_the_same_with_triton(optimizer, tiny_model, monkeypa
     close(1e-5, losses=(torch.tensor(losses), torch.tensor(losses_ref)))
 
 
-def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do():
+def test_without_the_interpreter_the_reference_takes_host_tensors_and_a_launcher_says_what_to_do():
     code = (
-        "import torch; from ogpstream.kernels import dispatch\n"
-        "x = torch.zeros(2, 3)\n"
-        "try: dispatch.lora_forward(x, x.T[:, :1], x[:1], torch.ones(1))\n"
+        "import torch; from ogpstream.kernels import dispatch, lora_backward, reference\n"
+        "x = torch.ones(2, 3); operands = x, x.T[:, :1], x[:1], torch.ones(1)\n"
+        "assert torch.equal(dispatch.lora_forward(*operands)[0], reference.lora_forward(*operands)[0])\n"
+        "try: lora_backward.lora_forward(*operands)\n"
         "except RuntimeError as error: print(error)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".typing"), dispatch.ENV: "triton"}
@@ -114,5 +132,5 @@ def test_on_a_cpu_without_the_interpreter_the_error_says_what_to_do():
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.startswith("the triton kernels run on CUDA, this tensor is on cpu: set"), done.stderr
-    assert "OGPSTREAM_BACKEND=reference" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
+    assert done.stdout.startswith("the triton kernels run on CUDA, this tensor is on cpu: call"), done.stderr
+    assert "ogpstream.kernels.dispatch" in done.stdout and "TRITON_INTERPRET=1" in done.stdout

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ogpstream.kernels import configs, dispatch, reference
 
 REFERENCE = dispatch.backend_for(torch.zeros(1), "sgd_")
-OPERATIONS = [field.name for field in dataclasses.fields(dispatch.Backend) if field.name != "name"]
+OPERATIONS = [field.name for field in dataclasses.fields(dispatch.Backend) if field.name not in ("name", "on_host")]
 MOMENTS = dict(step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
 
 
@@ -61,7 +61,17 @@ def test_auto_takes_cublas_for_what_a_table_says_of_that_card(monkeypatch):
 @pytest.mark.parametrize("choice", ["triton", "cublas"])
 def test_the_environment_forces_a_backend(choice, monkeypatch):
     monkeypatch.setenv(dispatch.ENV, choice)
-    assert {chosen(tensor, op) for tensor in (on_cuda(), torch.zeros(1)) for op in OPERATIONS} == {choice}
+    assert {chosen(on_cuda(), op) for op in OPERATIONS} == {choice}
+    on_host = choice if dispatch.backend_for(on_cuda(), "sgd_").on_host else "reference"
+    assert {chosen(torch.zeros(1), op) for op in OPERATIONS} == {on_host}
+
+
+def test_a_backend_that_does_not_compute_on_the_host_leaves_host_tensors_to_the_reference(monkeypatch):
+    monkeypatch.setenv(dispatch.ENV, "triton")
+    compiled = dataclasses.replace(dispatch.backend_for(on_cuda(), "sgd_"), on_host=False)
+    monkeypatch.setitem(dispatch._backends, "triton", compiled)
+    for operation in OPERATIONS:
+        assert chosen(on_cuda(), operation) == "triton" and chosen(torch.zeros(1), operation) == "reference"
 
 
 def test_without_triton_installed(monkeypatch):

@@ -46,9 +46,10 @@ def test_launches_of_one_update(
     )  # fmt: skip
     if splits > 1:
         expected["sum_kernel"] = linears
-    if device.type == "cpu":
-        # masters lie in host memory: A and B are stepped, and the gradient and the new A of each input projected
-        steps = ("sgd_kernel",) if optimizer == "sgd" else ("moments_kernel", "adam_kernel")
-        expected += Counter(dict.fromkeys(steps, 2))
-        expected += Counter(dict.fromkeys(("coefficients_kernel", "removal_kernel"), 2 * LAYERS * INPUTS))
+    # A and B of a piece are stepped, and the gradient and the new A of each input projected: on a CPU all is one piece
+    pieces = learner._updater.proposer.staging.pieces(learner.state.store.layout(3))
+    assert len(pieces) == (1 if device.type == "cpu" else LAYERS * INPUTS)
+    steps = ("sgd_kernel",) if optimizer == "sgd" else ("moments_kernel", "adam_kernel")
+    expected += Counter(dict.fromkeys(steps, 2 * len(pieces)))
+    expected += Counter(dict.fromkeys(("coefficients_kernel", "removal_kernel"), 2 * LAYERS * INPUTS))
     assert Counter(launch.name for launch in record) == expected

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ogpstream.kernels import device_lora, reference
 from ogpstream.kernels import lora_backward as lora
+from ogpstream.kernels.configs import Config, Lora, Tile
 from ogpstream.kernels.launch import launch, record_launches
 
 # of products in the dtype of x with float32 sums; the outputs in half precision are rounded once more
@@ -74,7 +76,7 @@ def test_long_sums_over_tokens_keep_their_precision(problem, close):
     p, trained = problem(4096, 7, 5, 2), slice(0, 2)
     ref = p.double()
     _, h = reference.lora_forward(ref.x, ref.A, ref.B, ref.scale)
-    dA, dB, dx = lora.lora_backward(*p.operands, trained=trained, h=h.float())
+    dA, dB, dx = lora.lora_backward(*p.operands, trained=trained, h=h.float().contiguous())
     dA_ref, dB_ref, dx_ref = reference.lora_backward(*ref.operands, trained=trained)
     close(1e-6, dA=(dA, dA_ref), dB=(dB, dB_ref), dx=(dx, dx_ref))
 
@@ -241,6 +243,39 @@ def test_autograd_function_has_the_gradients_of_the_launcher_bit_for_bit(problem
     (((double[0] @ double[1]) * p.scale.double()) @ double[2]).backward(g.double())
     for name, leaf, exact in zip(("x", "A", "B"), leaves, double, strict=True):
         close(1e-6, **{name: (leaf.grad, exact.grad)})
+
+
+@pytest.mark.parametrize("wanted,rank", [("x", 0), ("A", 8), ("B", 8), ("xA", 8), ("AB", 8)])
+def test_autograd_function_makes_the_gradients_that_are_wanted(wanted, rank, problem):
+    p = problem(40, 24, 30, 8)
+    leaves = [getattr(p, name).clone().requires_grad_(name in wanted) for name in "xAB"]
+    full = [getattr(p, name).clone().requires_grad_() for name in "xAB"]
+    lora.LoraFunction.apply(*full, p.scale).backward(p.g)
+    with record_launches() as record:
+        lora.LoraFunction.apply(*leaves, p.scale).backward(p.g)
+    (ranks,) = [launch.options["RANK"] for launch in record if launch.name == "gradient_kernel"]
+    assert ranks == rank
+    for name, leaf, other in zip("xAB", leaves, full, strict=True):
+        assert torch.equal(leaf.grad, other.grad) if name in wanted else leaf.grad is None, name
+
+
+def test_a_backward_in_another_thread_is_recorded_and_has_the_tiles(problem, with_tiles):
+    """Autograd has a thread for the backward of CUDA tensors."""
+    p = problem(40, 24, 30, 8)
+    tiles = Lora(shrink=Tile(16, 16), expand=Tile(16, 16), gradient=Tile(16, 32))
+    A = p.A.clone().requires_grad_()
+    with_tiles(Config(single=tiles))
+    with record_launches() as record:
+        y = lora.LoraFunction.apply(p.x, A, p.B, p.scale)
+        thread = threading.Thread(target=lambda: torch.autograd.grad(y, A, p.g))
+        thread.start()
+        thread.join()
+    assert [launch.name for launch in record] == [
+        "shrink_kernel", "expand_kernel", "shrink_kernel", "gradient_kernel", "sum_kernel",
+    ]  # fmt: skip
+    assert (record[3].options["BT"], record[3].options["BD"]) == (16, 32)
+    lora.lora_forward(p.x, p.A, p.B, p.scale)
+    assert len(record) == 5, "the record is closed"
 
 
 def test_autograd_notices_a_parameter_that_was_updated_before_its_backward(problem, orthonormal_rows):

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ogpstream.kernels import reference
+from ogpstream.kernels.basis_stream import BasisStream
 from ogpstream.kernels.launch import record_launches
 from ogpstream.kernels.lora_backward import token_splits
 from ogpstream.kernels.lora_update import Block, Linear, Parts, lora_backward_project, stream_of, update_
@@ -202,8 +203,12 @@ def test_a_missing_linear_is_an_error_and_not_a_nan(device, orthonormal_rows, pr
     model = Model(device, orthonormal_rows, problem, (20,), torch.float32)
     before = model.slab.clone()
     (linears,) = model.samples()
-    for wrong in (linears[:2], [*linears, linears[0]]):
-        with pytest.raises(ValueError, match="gradients are missing"):
+    with pytest.raises(ValueError, match="gradients are missing"):
+        lora_backward_project([linears[:2]], model.slab, Sgd(0.1))
+    # the last two: as many gradients as masters, and one linear's place unwritten
+    same = dataclasses.replace(linears[0], master_B=linears[2].master_B)
+    for wrong in ([*linears, linears[0]], [linears[0], linears[0], *linears[1:]], [linears[0], same, *linears[1:]]):
+        with pytest.raises(ValueError, match="sample 0 has the gradient of this master_A, at element 0, already"):
             lora_backward_project([wrong], model.slab, Sgd(0.1))
     with pytest.raises(ValueError, match="holds no linear"):
         lora_backward_project([], model.slab, Sgd(0.1))
@@ -214,6 +219,57 @@ def test_a_missing_linear_is_an_error_and_not_a_nan(device, orthonormal_rows, pr
     with pytest.raises(ValueError, match="block 1: its basis has width 40, its A 30"):
         lora_backward_project([linears], model.slab, Sgd(0.1), [blocks[0], narrow])
     assert torch.equal(model.slab, before)
+
+
+def test_masters_must_be_views_of_the_slab(device, orthonormal_rows, problem):
+    model = Model(device, orthonormal_rows, problem, (20,), torch.float32)
+    (linears,) = model.samples()
+    parts = Parts(model.slab[: model.slab.numel() - 1], (20,), linears[0].x)
+    for wrong, name in (
+        (dataclasses.replace(linears[0], master_A=linears[0].master_A.clone()), "master_A"),
+        (dataclasses.replace(linears[0], master_B=linears[0].master_B.clone()), "master_B"),
+        (linears[2], "master_B"),  # the last element lies beyond this slab
+    ):
+        with pytest.raises(ValueError, match=f"{name} is no view of the slab"):
+            parts.add(wrong)
+    parts.add(linears[0])  # what was refused counts for nothing
+
+
+@pytest.mark.parametrize("kind", ["none", "others", "taken", "host", "A"])
+def test_what_does_not_fit_is_found_before_the_masters_change(kind, device, orthonormal_rows, problem):
+    model = Model(device, orthonormal_rows, problem, (20,), torch.float32)
+    before, blocks = model.slab.clone(), model.blocks(resident=False)
+    stream = stream_of(blocks, device)
+    message = "stream has other bases"
+    if kind == "none":
+        stream = stream_of([], device)
+    elif kind == "others":
+        stream = stream_of([dataclasses.replace(block, rows=block.rows.clone()) for block in blocks], device)
+    elif kind == "taken":
+        list(stream.chunks())
+    elif kind == "host":
+        elsewhere = torch.empty(blocks[0].rows.shape, device="cpu" if device.type == "cuda" else "meta")
+        blocks[0], message = dataclasses.replace(blocks[0], rows=elsewhere, resident=True), "rows of block 0 are on"
+    else:
+        blocks[1] = dataclasses.replace(blocks[1], A=blocks[1].A.clone())
+        message = "A of block 1 is no view of the slab"
+    with pytest.raises(ValueError, match=message):
+        update_(model.slab, torch.ones(1, model.slab.numel(), device=device), Sgd(0.1), blocks, stream=stream)
+    assert torch.equal(model.slab, before)
+
+
+def test_the_stream_of_an_update_begins_before_its_first_gradient(device, orthonormal_rows, problem, monkeypatch):
+    model = Model(device, orthonormal_rows, problem, (5,), torch.float32)
+    begin, launched = BasisStream.__init__, []
+
+    def begun(*args):
+        launched.append(len(record))
+        begin(*args)
+
+    monkeypatch.setattr(BasisStream, "__init__", begun)
+    with record_launches() as record:
+        lora_backward_project(model.samples(), model.slab, Sgd(0.1), model.blocks(resident=False))
+    assert launched == [0] and record
 
 
 @pytest.mark.gpu

@@ -137,3 +137,13 @@ def test_what_does_not_fit_is_named():
         step_(w.view(-1), torch.zeros(1, 12), Adam(torch.zeros(12), torch.zeros(5), 1, 0.1, BETAS, 0.1))
     with pytest.raises(ValueError, match=r"serving has shape \[3\], needs \[12\]"):
         step_(w.view(-1), torch.zeros(1, 12), Sgd(0.1), serving=torch.zeros(3))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_what_is_served_begins_beyond_2_to_the_31(optimizer, device):
+    """In 32 bits, 2**30 units of 4 are element 0."""
+    w, g = torch.ones(8, device=device), torch.ones(1, 8, device=device)
+    serving = torch.full_like(w, 7.0)
+    rule = Sgd(0.1) if optimizer == "sgd" else Adam(w.clone(), w.clone(), 1, 0.1, BETAS, 0.1)
+    step_(w, g, rule, serving=serving, serve_from=2**32)
+    assert bool((serving == 7.0).all()) and not bool((w == 1.0).any())

@@ -11,6 +11,8 @@ from ogpstream.kernels import reference
 from ogpstream.kernels.basis_stream import BasisStream
 from ogpstream.kernels.launch import record_launches
 from ogpstream.kernels.projection import project_out_
+from ogpstream.memory.basis import ProjectionBasis
+from ogpstream.memory.replay import ReplayRing
 
 LEAK = 5e-7
 
@@ -153,13 +155,26 @@ def test_a_column_slice_of_a_basis_is_refused(device):
         BasisStream([torch.zeros(32, 100)[:, :50]], device)
 
 
+def ring_and_basis():
+    return ReplayRing(4, vocab_size=1000).storage, ProjectionBasis(64, capacity=32).rows()
+
+
 @pytest.mark.gpu
 def test_ring_and_basis_are_pinned():
-    from ogpstream.memory.basis import ProjectionBasis
-    from ogpstream.memory.replay import ReplayRing
+    assert all(tensor.is_pinned() for tensor in ring_and_basis())
 
-    assert ProjectionBasis(64).rows().is_pinned()
-    assert ReplayRing(4, vocab_size=1000).storage.is_pinned()
+
+def test_ring_and_basis_ask_for_pinned_memory_where_there_is_cuda(monkeypatch):
+    zeros, asked = torch.zeros, []
+
+    def pageable(*size, pin_memory=False, **options):
+        tensor = zeros(*size, **options)
+        asked.extend([tensor.data_ptr()] if pin_memory else [])
+        return tensor
+
+    monkeypatch.setattr(torch, "zeros", pageable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [tensor.data_ptr() for tensor in ring_and_basis()] == asked
 
 
 def long_rows(chunks):

@@ -7,6 +7,7 @@ multiple of 16, and pointers at a multiple of 16 bytes. A launch with a new key 
 import contextlib
 import functools
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -16,17 +17,25 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from ogpstream.kernels import dispatch, triton_backend
+from ogpstream.kernels import warm_up as warm_up_module
 from ogpstream.kernels.configs import Config, Lora, Tile
 from ogpstream.kernels.launch import INTERPRETED, record_launches
 from ogpstream.kernels.lora_backward import token_splits
 from ogpstream.kernels.lora_update import Block, update_
 from ogpstream.kernels.optimizer import Adam, Sgd
-from ogpstream.kernels.triton_backend import warm_up
+from ogpstream.kernels.warm_up import warm_up
 from ogpstream.learner import LearnerConfig, RetentionProbe, Sample, StreamLearner
 
 TARGET = CUDABackend(GPUTarget("cuda", 90, 32))
-# masters lie in host memory: only a forced backend in the interpreter steps and projects them by Triton
-ON_THE_DEVICE = {"shrink_kernel", "expand_kernel", "gradient_kernel", "sum_kernel", "cross_entropy_kernel"}
+USED = {
+    "shrink_kernel", "expand_kernel", "gradient_kernel", "sum_kernel", "cross_entropy_kernel",
+    "moments_kernel", "adam_kernel", "coefficients_kernel", "removal_kernel",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch):
+    monkeypatch.setenv(dispatch.ENV, "triton")
 
 
 @functools.cache
@@ -35,12 +44,11 @@ def binder(kernel):
     return create_function_from_signature(kernel.signature, kernel.params, TARGET)
 
 
-def keys(record, names=None):
+def keys(record):
     found = set()
     for launch in record:
-        if names is None or launch.name in names:
-            _, specialisation, options = binder(launch.kernel)(*launch.args, **launch.options)
-            found.add((launch.name, *map(str, specialisation), str(sorted(options.items()))))
+        _, specialisation, options = binder(launch.kernel)(*launch.args, **launch.options)
+        found.add((launch.name, *map(str, specialisation), str(sorted(options.items()))))
     return found
 
 
@@ -112,9 +120,22 @@ def test_of_the_fused_update(dtype, device):
 MODEL = dict(num_hidden_layers=1, hidden_size=20, intermediate_size=36, num_attention_heads=2, num_key_value_heads=1)
 
 
-def test_of_a_learner(device, tiny_model, monkeypatch, with_tiles):
+def test_parts_of_an_update_are_there_one_after_the_other(device, monkeypatch):
+    """All at once would be 1 + 2 + 4 + ... slabs."""
+    seen = []
+
+    def update(slab, parts, *args, **options):
+        seen.append(weakref.ref(parts))
+        alive = {id(part()): len(part()) for part in seen if part() is not None}
+        assert list(alive.values()) == [len(parts)]
+
+    monkeypatch.setattr(warm_up_module, "update_", update)
+    warm_up([], dtype=torch.float32, device=device, tokens=900, numel=40, samples=2)
+    assert len(seen) > 8
+
+
+def test_of_a_learner(device, tiny_model, with_tiles):
     """Updates alone and in batches, long and short, held parts, two gated experts, rehearsals, losses and the probe."""
-    monkeypatch.setenv(dispatch.ENV, "triton")
     # two splits from 33 tokens on, and few programs
     with_tiles(Config(half=Lora(shrink=Tile(32, 64), expand=Tile(32, 64), gradient=Tile(16, 64, steps=2))))
     config = LearnerConfig(
@@ -122,7 +143,6 @@ def test_of_a_learner(device, tiny_model, monkeypatch, with_tiles):
         held_rank=5, max_tokens=40, learned_below=100.0, learned_share=0.0, settled_below=0.0, rehearsals=0,
     )  # fmt: skip
     learner = StreamLearner(tiny_model("llama", torch.bfloat16, **MODEL).to(device), None, config)
-    names = None if device.type == "cuda" else ON_THE_DEVICE
 
     def ids(tokens):
         return torch.randint(4, 101, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
@@ -137,7 +157,7 @@ def test_of_a_learner(device, tiny_model, monkeypatch, with_tiles):
             RetentionProbe(learner.attachment, [ids(5), ids(18)]).measure()
             with torch.no_grad():
                 learner.model(torch.tensor([ids(1)], device=device))
-        return keys(record, names)
+        return keys(record)
 
     def warm():
         with nothing_computed() as record:
@@ -153,5 +173,29 @@ def test_of_a_learner(device, tiny_model, monkeypatch, with_tiles):
     second = used("law")
     assert second <= compiled and not second <= first
     kinds = {name for name, *_ in first}
-    assert kinds == ON_THE_DEVICE, "a kernel that no update used was not tested"
+    assert kinds == USED, "a kernel that no update used was not tested"
     assert all(pack.A.shape[1] > 3 + 2 for pack in learner.state.store.served.packs), "no held part took part"
+
+
+OF = {
+    "lora_forward": {"shrink_kernel", "expand_kernel"},
+    "lora_backward": {"shrink_kernel", "gradient_kernel", "sum_kernel"},
+    "cross_entropy": {"cross_entropy_kernel"},
+    "sgd_": {"sgd_kernel"},
+    "adam_": {"moments_kernel", "adam_kernel"},
+    "project_out_": {"coefficients_kernel", "removal_kernel"},
+}
+
+
+@pytest.mark.parametrize("operation", OF)
+def test_a_learner_warms_up_each_operation_in_the_backend_that_does_it(
+    operation, device, tiny_model, monkeypatch, short_splits
+):
+    config = LearnerConfig(rank=3, target_modules=("q_proj",), basis_columns=8, max_tokens=40)
+    learner = StreamLearner(tiny_model("llama", torch.float32, **MODEL).to(device), None, config)
+    asked = dispatch.backend_for
+    others = dispatch._backends["reference"]
+    monkeypatch.setattr(dispatch, "backend_for", lambda x, name: asked(x, name) if name == operation else others)
+    with nothing_computed() as record:
+        learner.warm_up()
+    assert {launch.name for launch in record} == OF[operation]
