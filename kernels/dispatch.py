@@ -82,7 +82,8 @@ def backend_for(tensor: Tensor, operation: str) -> Backend:
     if backend is None:
         known = ", ".join(["auto", *sorted({*_backends, *_MODULES} - {choice})])
         raise ValueError(f"{ENV}={choice}: there is no such backend here, set it to one of: {known}")
-    return backend if backend.on_host or tensor.is_cuda else _backends["reference"]
+    # a tensor without memory ("meta") stands for a device's
+    return backend if backend.on_host or tensor.device.type != "cpu" else _backends["reference"]
 
 
 def _backend(name: str) -> Backend | None:
