@@ -55,7 +55,8 @@ class VramBudget:
         over = [f"{name} {getattr(usage, name):,} bytes, {getattr(usage, name) - limit:,} over {limit:,}"
                 for name, limit in self.limits.items() if getattr(usage, name) > limit]
         if over:
-            pytest.fail(f"over the VRAM budget on {usage.device}: {'; '.join(over)}", pytrace=False)
+            where = "a simulated device" if usage.device == "fake" else usage.device
+            pytest.fail(f"over the VRAM budget on {where}: {'; '.join(over)}", pytrace=False)
         return usage
 
 

@@ -61,7 +61,7 @@ def test_the_documented_example_holds(tmp_path: Path) -> None:
 def test_a_planted_mebibyte_fails_it(tmp_path: Path) -> None:
     status, output = _run(tmp_path, _small(EXAMPLE) + PLANTED)
     assert status == 1 and "1 failed" in output
-    assert "over the VRAM budget on fake: learning_state 2," in output and "over 2,320,000" in output
+    assert "over the VRAM budget on a simulated device: learning_state 2," in output and "over 2,320,000" in output
     # one line, not a trace through the plugin
     assert "pytest_plugin.py" not in output
 
