@@ -18,18 +18,16 @@ MiB, takes 5 ms. So it is never the host that computes for a device.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ogpstream.learner.binding import GradientSink
+from ogpstream.learner.config import LearningState
 from ogpstream.memory.basis import CHUNK, ProjectionBasis
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
 from ogpstream.memory.pinned import host_copy, host_empty, host_zeros
-
-Mode = Literal["lean", "resident"]
 
 # bytes of P or of anchors on the device at a time: 128 directions of width 2048. A copy takes 20 us of a bus of
 # 50 GB/s, and the host as long for the two launches after it: a second buffer and stream for copies would gain nothing
@@ -278,7 +276,7 @@ class PieceSink(GradientSink):
         self._left.add(piece)
 
 
-def staging_for(device: torch.device, mode: Mode, *, shared: bool) -> Staging:
+def staging_for(device: torch.device, mode: LearningState, *, shared: bool) -> Staging:
     """How updates of a model on this device are made.
 
     Args:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,12 +57,13 @@ class Pack:
 
 @dataclass(frozen=True)
 class Served:
-    """One published version: a pack per site, on the serving device."""
+    """One published version: a pack per site, on the serving device; `made_of` tells the next one what to copy anew."""
 
     version: int
     experts: tuple[str, ...]
     gates: tuple[float, ...]
     packs: tuple[Pack, ...]
+    made_of: Sources | None = field(default=None, repr=False, compare=False)
 
 
 class AdapterStore:
@@ -99,8 +100,8 @@ class AdapterStore:
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
         self._layouts: dict[int, Layout] = {}
-        self._made_of: Sources | None = None  # the newest packs
-        self.served = self._build(0, self.reserve())
+        self.served = Served(0, (), (), ())
+        self.publish(0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -278,7 +279,9 @@ class AdapterStore:
         starts = self._starts(ranks)
         slab = room.slab[: starts[-1]]
         made_of = Sources(dict(self._active), slab, [(expert.factors, list(expert.held)) for expert in experts])
-        before = self._made_of if self._made_of is not None and self._made_of.fits(made_of) else None
+        before = self.served.made_of
+        if before is not None and not before.fits(made_of):
+            before = None
         if before is not None:
             slab.copy_(before.slab)
         scales: dict[tuple[int, ...], Tensor] = {}
@@ -307,8 +310,7 @@ class AdapterStore:
                 scales[held_ranks] = own.copy_(torch.tensor(values, dtype=own.dtype))
                 scales_end += _aligned(len(values))
             packs.append(Pack(a, b, scales[held_ranks], trained))
-        self._made_of = made_of
-        return Served(version, tuple(self._active), gates, tuple(packs))
+        return Served(version, tuple(self._active), gates, tuple(packs), made_of)
 
     def _starts(self, ranks: Sequence[int]) -> list[int]:
         """Where in a slab the matrices of the packs begin, A and B of one site after the other, and where it ends."""

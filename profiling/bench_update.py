@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -18,8 +18,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from ogpstream.learner import LearnerConfig
+from ogpstream.learner.config import LearningState
 from ogpstream.profiling.bench_report import Picture, Row, chosen, device_named, fail, measured, prepare, table, write
 from ogpstream.profiling.bench_vram import fields
+from ogpstream.profiling.gpu_timer import percentile
 from ogpstream.profiling.update_providers import Work, providers
 from ogpstream.profiling.vram import llama_config, measure_update
 
@@ -32,7 +34,6 @@ class Geometry:
     """A model with all linears adapted, and one sample. The defaults are a CPU's: 58M parameters."""
 
     width: int = 512
-    inner: int = 1408
     L: int = 8
     vocabulary: int = 32000
     T: int = 256
@@ -41,15 +42,15 @@ class Geometry:
 
     def architecture(self) -> Any:
         heads = max(1, self.width // 64)
-        return llama_config(layers=self.L, width=self.width, inner=self.inner, heads=heads, key_heads=heads,
+        return llama_config(layers=self.L, width=self.width, inner=11 * self.width // 4, heads=heads, key_heads=heads,
                             vocabulary=self.vocabulary)
 
-    def config(self, mode: str = "lean") -> LearnerConfig:
-        return LearnerConfig(target_modules=self.targets, learning_state="lean" if mode == "lean" else "resident")
+    def config(self, mode: LearningState = "lean") -> LearnerConfig:
+        return LearnerConfig(target_modules=self.targets, learning_state=mode)
 
 
 # the specification's, on a GPU
-LARGE = Geometry(width=2048, inner=5632, L=32, T=1024, rows=512, targets=("o_proj",))
+LARGE = Geometry(width=2048, L=32, T=1024, rows=512, targets=("o_proj",))
 
 
 def time_update(geometry: Geometry, device: torch.device, turns: int) -> Row:
@@ -84,7 +85,7 @@ def time_update(geometry: Geometry, device: torch.device, turns: int) -> Row:
             last = time.perf_counter()
 
         ours.update(work, on_unit)
-    row["yield_ms_p99"] = sorted(waits)[max(0, -(-99 * len(waits) // 100) - 1)]
+    row["yield_ms_p99"] = percentile(waits, 99)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return row | {"T": geometry.T, "L": geometry.L, "rows": geometry.rows, "parameters": parameters,
                   "turns": turns, "choice": str(ours.updater.preflight.plan(geometry.T, geometry.rows))}
@@ -120,7 +121,7 @@ def bench_update(
     if width is not None:
         if width % 64:
             fail(f"--width is {width}: use a multiple of 64, the width of an attention head", 2)
-        base = replace(base, width=width, inner=11 * width // 4)
+        base = replace(base, width=width)
     if tokens is not None:
         base = replace(base, T=tokens, rows=min(base.rows, tokens - 1))
     base = replace(base, rows=rows or base.rows)
@@ -139,7 +140,7 @@ def bench_update(
     def measure() -> dict[str, Any]:
         found = [{"sweep": name, **time_update(geometry, on, turns)} for name, geometry in cases]
         lean, resident = (measure_update(base.architecture(), base.config(mode), tokens=base.T, rows=base.rows)
-                          for mode in ("lean", "resident"))
+                          for mode in get_args(LearningState))
         told = on.type if on.type == "cpu" else torch.cuda.get_device_name(on)
         # bytes are those of a GPU: with the model on a CPU everything is host RAM
         return {**fields(lean, resident), **{k: v for k, v in found[0].items() if k != "sweep"}, "device": told,

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ogpstream.learner import ConfigError, LearnerConfig
+from ogpstream.learner.config import LearningState
 from ogpstream.profiling import memory_table
 from ogpstream.profiling.bench_report import Picture, Row, chosen, fail, measured, prepare, table, write
 from ogpstream.profiling.vram import Usage, llama_config, measure_update
@@ -32,12 +33,11 @@ class Geometry:
     m: int = 256
     updates: int = 2
 
-    def usage(self, mode: str) -> Usage:
+    def usage(self, mode: LearningState) -> Usage:
         heads = max(1, self.width // 64)
         architecture = llama_config(layers=self.L, width=self.width, inner=11 * self.width // 4, heads=heads,
                                     key_heads=max(1, heads // 8))
-        config = LearnerConfig(target_modules=("o_proj",), basis_columns=self.m,
-                               learning_state="lean" if mode == "lean" else "resident")
+        config = LearnerConfig(target_modules=("o_proj",), basis_columns=self.m, learning_state=mode)
         return measure_update(architecture, config, tokens=self.T, rows=min(self.rows, self.T - 1),
                               experts=self.experts, updates=self.updates)
 
