@@ -34,6 +34,7 @@ class Backend:
 
     Attributes:
         on_host: it computes with tensors in host memory; where it does not, the reference does.
+        lora_backward_samples: None where it calls `lora_backward` for each sample.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     adam_: Callable[..., None]
     cross_entropy: Callable[..., tuple[Tensor, Tensor]]
     on_host: bool = True
+    lora_backward_samples: Callable[..., tuple[list[tuple[Tensor, Tensor]], Tensor]] | None = None
 
 
 _backends: dict[str, Backend] = {}
@@ -65,6 +67,7 @@ register_backend(
         sgd_=reference.sgd_,
         adam_=reference.adam_,
         cross_entropy=reference.cross_entropy,
+        lora_backward_samples=reference.lora_backward_samples,
     )
 )
 
@@ -115,17 +118,39 @@ def lora_backward(
     base_dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dA, dB of the trained columns, and dx: see `reference.lora_backward`."""
-    _check_factors(x, A, B, scale)
-    (T, D_in), (R, D_out) = x.shape, B.shape
-    _check_shape("g", g, T, D_out)
-    if h is not None:
-        _check_shape("h", h, T, R)
-    if base_dx is not None:
-        _check_shape("base_dx", base_dx, T, D_in)
-    start, stop, stride = trained.start, trained.stop, trained.step or 1
-    if start is None or stop is None or stride != 1 or not 0 <= start <= stop <= R:
-        raise ValueError(f"trained is {trained}, needs slice(start, stop) within the {R} columns of A")
+    _check_backward(x, g, A, B, scale, trained, h, base_dx)
     return backend_for(x, "lora_backward").lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=base_dx)
+
+
+def lora_backward_samples(
+    x: Tensor,
+    g: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor,
+    samples: int,
+    *,
+    trained: slice,
+    h: Tensor | None = None,
+    base_dx: Tensor | None = None,
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """(dA, dB) of each of several samples, and dx of all: see `reference.lora_backward_samples`."""
+    _check_backward(x, g, A, B, scale, trained, h, base_dx)
+    if samples < 1 or len(x) % samples:
+        raise ValueError(f"samples is {samples}, needs a number that divides the {len(x)} rows of x")
+    backend = backend_for(x, "lora_backward")
+    if backend.lora_backward_samples is not None:
+        return backend.lora_backward_samples(x, g, A, B, scale, samples, trained=trained, h=h, base_dx=base_dx)
+    parts, dxs = [], []
+    for start in range(0, len(x), len(x) // samples):
+        own = slice(start, start + len(x) // samples)
+        dA, dB, dx = backend.lora_backward(
+            x[own], g[own], A, B, scale, trained=trained, h=None if h is None else h[own],
+            base_dx=None if base_dx is None else base_dx[own],
+        )  # fmt: skip
+        parts.append((dA, dB))
+        dxs.append(dx)
+    return parts, dxs[0] if samples == 1 else torch.cat(dxs)
 
 
 def project_out_(Z: Tensor, rows: Tensor, *, chunk: int = CHUNK, weights: Tensor | None = None) -> Tensor:
@@ -197,6 +222,21 @@ def _check_factors(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> None:
     R, _ = _check_matrix("B", B)
     _check_shape("A", A, D_in, R)
     _check_shape("scale", scale, R)
+
+
+def _check_backward(
+    x: Tensor, g: Tensor, A: Tensor, B: Tensor, scale: Tensor, trained: slice, h: Tensor | None, base_dx: Tensor | None
+) -> None:
+    _check_factors(x, A, B, scale)
+    (T, D_in), (R, D_out) = x.shape, B.shape
+    _check_shape("g", g, T, D_out)
+    if h is not None:
+        _check_shape("h", h, T, R)
+    if base_dx is not None:
+        _check_shape("base_dx", base_dx, T, D_in)
+    start, stop, stride = trained.start, trained.stop, trained.step or 1
+    if start is None or stop is None or stride != 1 or not 0 <= start <= stop <= R:
+        raise ValueError(f"trained is {trained}, needs slice(start, stop) within the {R} columns of A")
 
 
 def _check_master(name: str, tensor: Tensor) -> None:

@@ -60,7 +60,7 @@ class Binding:
     Replace `served` by one assignment. A forward of the whole model keeps the version it started with; for
     one version over several forwards (a generation with its cache), pin it by `using`. `sinks` receive the
     gradients of the forwards that recorded them while they were set: one of the whole forward, or one for each row
-    of its batch.
+    of its batch, all of one expert.
     """
 
     def __init__(self, served: Served | None = None) -> None:

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# inside a backward, the bytes of the one storage that is no learning state
-_state_but: ContextVar[int | None] = ContextVar("ogpstream_state_but", default=None)
+# inside a backward, the sizes of the storages that are no learning state
+_state_but: ContextVar[tuple[int, ...] | None] = ContextVar("ogpstream_state_but", default=None)
 
 
 @contextmanager
-def learning_state(*, but: int) -> Iterator[None]:
+def learning_state(*, but: tuple[int, ...]) -> Iterator[None]:
     """What is made inside is learning state (parts of gradients and their sums), in the midst of activations.
 
     Args:
-        but: bytes of the input gradient, which is made there too and is none.
+        but: sizes in bytes of the input gradient, which is made there too and is none.
     """
     token = _state_but.set(but)
     try:
@@ -76,7 +76,7 @@ class Meter(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         size, but = storage.nbytes(), _state_but.get()
-        is_state = but is not None and size != but
+        is_state = but is not None and size not in but
         weakref.finalize(storage, self._release, size, is_state).atexit = False
         self.made.append(size)
         self.largest = max(self.largest, size)

@@ -106,16 +106,14 @@ class _Adapted(torch.autograd.Function):
             # no trained column: the products for dA and dB are empty
             _, _, dx = dispatch.lora_backward(rows, g, pack.A, pack.B, pack.scale, trained=slice(0, 0), base_dx=base_dx)
             return dx.view(x.shape), None, None, None
-        parts = []
-        # the rows of each sample of the batch lie together
-        for number, sink in enumerate(sinks):
-            own = slice(number * len(rows) // len(sinks), (number + 1) * len(rows) // len(sinks))
-            with learning_state(but=rows[own].nbytes):
-                dA, dB, dx = dispatch.lora_backward(rows[own], g[own], pack.A, pack.B, pack.scale, h=h[0][own],
-                                                    trained=pack.trained[sink.trained], base_dx=base_dx[own])
+        # the rows of each sample of the batch lie together, and the sinks are all of one expert
+        # a backend may make dx of each sample before that of all
+        with learning_state(but=(rows.nbytes, rows.nbytes // len(sinks))):
+            parts, dx = dispatch.lora_backward_samples(rows, g, pack.A, pack.B, pack.scale, len(sinks), h=h[0],
+                                                       trained=pack.trained[sinks[0].trained], base_dx=base_dx)
+            for sink, (dA, dB) in zip(sinks, parts, strict=True):
                 sink.add(site.index, dA, dB)
-            parts.append(dx)
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape), None, None, None
+        return dx.view(x.shape), None, None, None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ogpstream.kernels import configs, dispatch, reference
 
 REFERENCE = dispatch.backend_for(torch.zeros(1), "sgd_")
-OPERATIONS = [field.name for field in dataclasses.fields(dispatch.Backend) if field.name not in ("name", "on_host")]
+# what every backend has
+OPERATIONS = [
+    field.name for field in dataclasses.fields(dispatch.Backend)
+    if field.name != "name" and field.default is dataclasses.MISSING
+]
 MOMENTS = dict(step=1, lr=0.1, betas=(0.9, 0.99), eps=1e-8)
 
 
@@ -145,6 +149,28 @@ def test_every_operation_reaches_the_chosen_backend_with_its_arguments(monkeypat
         assert all(calls[name][1][key] is value for key, value in kwargs.items()), name
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_backend_for_one_sample_at_a_time_gets_one_after_the_other(samples, monkeypatch):
+    calls = []
+
+    def one(*args, **kwargs):
+        calls.append(len(args[0]))
+        return reference.lora_backward(*args, **kwargs)
+
+    dispatch.register_backend(dataclasses.replace(REFERENCE, name="one", lora_backward=one, lora_backward_samples=None))
+    rng = torch.Generator().manual_seed(0)
+    x, g, A, B, scale, h = (torch.randn(s, generator=rng) for s in ((6, 4), (6, 5), (4, 2), (2, 5), (2,), (6, 2)))
+    results = []
+    for name in ("one", "reference"):
+        monkeypatch.setenv(dispatch.ENV, name)
+        results.append(dispatch.lora_backward_samples(x, g, A, B, scale, samples, trained=slice(0, 1), h=h, base_dx=x))
+    assert calls == [6 // samples] * samples
+    (parts, dx), (expected, expected_dx) = results
+    torch.testing.assert_close(dx, expected_dx)
+    for part, ref in zip(parts, expected, strict=True):
+        torch.testing.assert_close(part, ref)
+
+
 def zeros(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype)
 
@@ -157,6 +183,11 @@ def backward(g=(3, 5), start=0, stop=2, stride=None, **optional):
     optional = {name: zeros(*shape) for name, shape in optional.items()}
     factors = zeros(4, 2), zeros(2, 5), zeros(2)
     dispatch.lora_backward(zeros(3, 4), zeros(*g), *factors, trained=slice(start, stop, stride), **optional)
+
+
+def samples(count, stop=2):
+    factors = zeros(4, 2), zeros(2, 5), zeros(2)
+    dispatch.lora_backward_samples(zeros(3, 4), zeros(3, 5), *factors, count, trained=slice(0, stop))
 
 
 def project(Z=(4, 2), rows=(3, 4), dtype=torch.float32, **optional):
@@ -179,6 +210,9 @@ def adam(exp_avg=(4,), dtype=torch.float32, step=1):
         (lambda: backward(stop=3), "trained is slice(0, 3, None), needs slice(start, stop) within the 2"),
         (lambda: backward(stride=2), "trained is slice(0, 2, 2)"),
         (lambda: backward(start=None), "trained is slice(None, 2, None)"),
+        (lambda: samples(2), "samples is 2, needs a number that divides the 3 rows of x"),
+        (lambda: samples(0), "samples is 0"),
+        (lambda: samples(3, stop=3), "trained is slice(0, 3, None)"),
         (lambda: backward(start=-1), "trained is slice(-1, 2, None)"),
         (lambda: project(dtype=torch.bfloat16), "Z is torch.bfloat16, needs float32 or float64"),
         (lambda: project(Z=(4,)), "Z has shape [4], needs 2 dimensions"),

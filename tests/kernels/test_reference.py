@@ -68,6 +68,20 @@ def test_lora_dx_without_a_base_is_the_adapters_alone():
     torch.testing.assert_close(dx, torch.einsum("to,ro,r,ir->ti", g, B, scale, A))
 
 
+@pytest.mark.parametrize("optional", [True, False])
+def test_lora_gradients_of_several_samples_stay_apart(optional):
+    x, g, A, B, scale = problem(12, 7, 5, 4)
+    options = dict(h=reference.lora_forward(x, A, B, scale)[1], base_dx=x) if optional else {}
+    parts, dx = reference.lora_backward_samples(x, g, A, B, scale, 3, trained=slice(1, 3), **options)
+    assert len(parts) == 3
+    for n, (dA, dB) in enumerate(parts):
+        own = slice(4 * n, 4 * n + 4)
+        part = {name: t[own] for name, t in options.items()}
+        alone = reference.lora_backward(x[own], g[own], A, B, scale, trained=slice(1, 3), **part)
+        for name, out, ref in zip(("dA", "dB", "dx"), (dA, dB, dx[own]), alone, strict=True):
+            torch.testing.assert_close(out, ref, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_lora_without_columns_adds_nothing():
     x, g, A, B, scale = problem(4, 6, 3, 0)
     y, h = reference.lora_forward(x, A, B, scale)
