@@ -47,67 +47,83 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 
 def rank_labels(
-    model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[str], *, batch: int = 32
+    model: Any, tokenizer: Any, prompts: Sequence[str], labels: Sequence[Sequence[str]], *, batch: int = 32
 ) -> list[str]:
     """The likeliest label of each prompt, by the sum of the log-probabilities of the tokens of `" " + label`.
 
     No end token is scored, and ties go to the label that stands first. Prompts are encoded with the
     tokenizer's special tokens and cut from the left to what the model's positions leave beside the longest
-    label. A prompt runs through the model once: all labels share its keys and values.
+    of their labels. A prompt runs through the model once: all labels share its keys and values.
 
     Args:
+        labels: to choose from, for each prompt its own.
         batch: prompts of one forward. Only prompts of equal length share one, so that none is padded.
     """
-    if not labels:
-        raise ValueError("no labels to rank: give at least one")
-    answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
-    if empty := [label for label, ids in zip(labels, answers, strict=True) if not ids]:
-        raise ValueError(f"label {empty[0]!r} has no tokens: give labels that the tokenizer can write")
-    longest = max(map(len, answers))
-    room = max_positions(model) - (longest - 1)
-    if room < 1:
-        raise ValueError(
-            f"a label of {longest} tokens leaves no room in {max_positions(model)} positions: shorten it"
-        )
-
+    answers: dict[tuple[str, ...], list[list[int]]] = {}
     by_length: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for i, prompt in enumerate(prompts):
-        row = tokenizer(prompt)["input_ids"][-room:]
+    for i, (prompt, own) in enumerate(zip(prompts, map(tuple, labels), strict=True)):
+        if own not in answers:
+            answers[own] = _label_ids(model, tokenizer, own)
+        row = tokenizer(prompt)["input_ids"][-_room(model, answers[own]) :]
         if not row:
             raise ValueError(f"prompt {i} has no tokens: a label needs at least one to follow")
         by_length[len(row)].append((i, row))
 
     chosen = [""] * len(prompts)
     with _inference(model) as device:
-        target = _padded(answers, device)  # [labels, longest]
-        real = torch.arange(longest, device=device) < torch.tensor([[len(a)] for a in answers], device=device)
         for group in by_length.values():
             for start in range(0, len(group), batch):
                 part = group[start : start + batch]
                 ids = torch.tensor([row for _, row in part], device=device)
-                scores = _label_scores(model, ids, target, real)
+                scores = _label_scores(model, ids, [answers[tuple(labels[i])] for i, _ in part])
                 # argmax does not say which of several equal maxima it returns; this says the first
                 best = (scores == scores.max(1, keepdim=True).values).int().argmax(1)
                 for (i, _), label in zip(part, best.tolist(), strict=True):
-                    chosen[i] = labels[label]
+                    chosen[i] = labels[i][label]
     return chosen
 
 
-def _label_scores(model: Any, prompts: Tensor, target: Tensor, real: Tensor) -> Tensor:
-    """Sums of log-probabilities [prompts, labels]. prompts [n, tokens]; target and real [labels, longest]."""
-    n, (labels, longest) = len(prompts), target.shape
+def _label_ids(model: Any, tokenizer: Any, labels: Sequence[str]) -> list[list[int]]:
+    if not labels:
+        raise ValueError("no labels to rank: give at least one")
+    answers: list[list[int]] = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
+    if empty := [label for label, ids in zip(labels, answers, strict=True) if not ids]:
+        raise ValueError(f"label {empty[0]!r} has no tokens: give labels that the tokenizer can write")
+    if _room(model, answers) < 1:
+        raise ValueError(
+            f"a label of {max(map(len, answers))} tokens leaves no room in {max_positions(model)} positions: shorten it"
+        )
+    return answers
+
+
+def _room(model: Any, answers: Sequence[Sequence[int]]) -> int:
+    """Positions for a prompt beside the longest of its answers, whose last token needs none."""
+    return max_positions(model) - (max(map(len, answers)) - 1)
+
+
+def _label_scores(model: Any, prompts: Tensor, answers: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Sums of log-probabilities [n, labels] for prompts [n, tokens] and the ids of each one's labels; -inf where a
+    prompt has fewer labels than another."""
+    n, labels = len(prompts), max(map(len, answers))
+    # what fills up has one token, and is told from the others by `present`
+    filled = [label for own in answers for label in [*own, *[[0]] * (labels - len(own))]]
+    counts = torch.tensor([len(own) for own in answers], device=prompts.device)
+    present = torch.arange(labels, device=prompts.device) < counts[:, None]
+    target = _padded(filled, prompts.device).view(n, labels, -1)
+    longest = target.shape[2]
+    lengths = torch.tensor([len(label) for label in filled], device=prompts.device).view(n, labels, 1)
+    real = torch.arange(longest, device=prompts.device) < lengths
     feeds = longest > 1
     out = model(input_ids=prompts, use_cache=feeds, logits_to_keep=1)
     first = _log_probs(out.logits[:, -1])  # [n, vocabulary]
-    scores = first[:, target[:, 0]]
+    scores = first.gather(1, target[:, :, 0])
     if feeds:
         cache = out.past_key_values
         cache.batch_repeat_interleave(labels)
-        logits = model(input_ids=target[:, :-1].repeat(n, 1), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=target[:, :, :-1].flatten(0, 1), past_key_values=cache, use_cache=True).logits
         rest = _log_probs(logits).view(n, labels, longest - 1, -1)
-        index = target[:, 1:].expand(n, -1, -1).unsqueeze(-1)
-        scores = scores + (rest.gather(-1, index).squeeze(-1) * real[:, 1:]).sum(-1)
-    return scores
+        scores = scores + (rest.gather(-1, target[:, :, 1:, None]).squeeze(-1) * real[:, :, 1:]).sum(-1)
+    return scores.masked_fill(~present, -math.inf)
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str]) -> float:

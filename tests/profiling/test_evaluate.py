@@ -85,37 +85,54 @@ def test_ranking_equals_the_slow_loop(make):
     scores = [slow_scores(model, tokenizer, prompt, LABELS, POSITIONS) for prompt in questions]
     expected = [LABELS[row.index(max(row))] for row in scores]
     assert len(set(expected)) > 1
-    assert rank_labels(model, tokenizer, questions, LABELS, batch=3) == expected
+    assert rank_labels(model, tokenizer, questions, [LABELS] * len(questions), batch=3) == expected
     # every label's sum takes part, not only the winner's: the higher of each two neighbours in rank wins
     for prompt, row in zip(questions[:6], scores, strict=False):
         order = sorted(range(len(LABELS)), key=row.__getitem__)
         for low, high in zip(order, order[1:], strict=False):
-            assert rank_labels(model, tokenizer, [prompt], [LABELS[low], LABELS[high]]) == [LABELS[high]]
+            assert rank_labels(model, tokenizer, [prompt], [[LABELS[low], LABELS[high]]]) == [LABELS[high]]
+
+
+def test_each_prompt_has_labels_of_its_own():
+    model, tokenizer = llama().eval(), word_tokenizer()
+    # of equal length, so that they share a forward: numbers and lengths of labels differ
+    questions, sets = prompts([5, 5, 5]), [LABELS, LABELS[:1], LABELS[::-1][:3]]
+    expected = []
+    for prompt, own in zip(questions, sets, strict=True):
+        row = slow_scores(model, tokenizer, prompt, own, POSITIONS)
+        expected.append(own[row.index(max(row))])
+    assert rank_labels(model, tokenizer, questions, sets) == expected
+    # scores of single labels are negative: a label that fills up must not win with 0
+    assert [rank_labels(model, tokenizer, [q, q], [[label], LABELS])[0] for q in questions for label in LABELS] == [
+        *LABELS
+    ] * 3
+    with pytest.raises(ValueError, match="zip"):
+        rank_labels(model, tokenizer, questions, sets[:2])
 
 
 def test_sums_are_not_divided_by_length():
     """A model that gives every token the same probability prefers the shortest label."""
     model = llama()
     model.lm_head.weight.data.zero_()
-    assert rank_labels(model, word_tokenizer(), prompts([3]), ["w3 w4 w5", "w6 w7", "w8"]) == ["w8"]
+    assert rank_labels(model, word_tokenizer(), prompts([3]), [["w3 w4 w5", "w6 w7", "w8"]]) == ["w8"]
 
 
 def test_ties_go_to_the_first_label():
     model = llama()
     model.lm_head.weight.data.zero_()
-    assert rank_labels(model, word_tokenizer(), prompts([3]), ["w9 w3", "w8", "w3", "w1"]) == ["w8"]
+    assert rank_labels(model, word_tokenizer(), prompts([3]), [["w9 w3", "w8", "w3", "w1"]]) == ["w8"]
 
 
 def test_ranking_leaves_the_mode_and_needs_labels_with_tokens():
     model, tokenizer = llama().train(), word_tokenizer()
-    rank_labels(model, tokenizer, prompts([3]), LABELS)
+    rank_labels(model, tokenizer, prompts([3]), [LABELS])
     assert model.training
     with pytest.raises(ValueError, match="no labels"):
-        rank_labels(model, tokenizer, prompts([3]), [])
+        rank_labels(model, tokenizer, prompts([3]), [[]])
     with pytest.raises(ValueError, match="'' has no tokens"):
-        rank_labels(model, tokenizer, prompts([3]), ["w3", ""])
+        rank_labels(model, tokenizer, prompts([3]), [["w3", ""]])
     with pytest.raises(ValueError, match="leaves no room"):
-        rank_labels(model, tokenizer, prompts([3]), [" ".join(["w3"] * (POSITIONS + 1))])
+        rank_labels(model, tokenizer, prompts([3]), [[" ".join(["w3"] * (POSITIONS + 1))]])
 
 
 def test_a_perplexity_equals_the_slow_loop():
