@@ -1,126 +1,163 @@
-"""`ogpstream bench forgetting`: one pass of single samples over a stream of tasks, ours beside replay and sequential.
+"""`ogpstream bench forgetting`: one pass of single samples over streams of tasks, ours beside the known methods.
 
-All methods see the same samples in the same order and make the same number of gradient evaluations.
+All methods see the same samples in the same order and make the same number of gradient evaluations. Finished rows are
+kept in the folder `--out`, and the same command computes only those that are missing.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import time
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ogpstream.learner import LearnerConfig, RetentionProbe, StreamLearner
-from ogpstream.learner.pretrained import load_pretrained
-from ogpstream.profiling.evaluate import AccuracyMatrix
-from ogpstream.profiling.stream_run import Method, method_config, run_stream
-from ogpstream.profiling.tasks import Task, demo_tasks, folder_tasks, split_tail
+from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
+from ogpstream.profiling.bench_report import fail, prepare
+from ogpstream.profiling.forgetting_report import draw, line, tables, write_csv
+from ogpstream.profiling.forgetting_row import Job, run_row
+from ogpstream.profiling.methods import METHODS, method_config
+from ogpstream.profiling.rates import Rate, candidates, read_rates, write_rates
+from ogpstream.profiling.row_store import Row, RowStore
 
-# texts of at least this many characters, cut to this many tokens, as the retention set of a text file
-TEXT_CHARS, TEXT_TOKENS, TEXTS = 80, 120, 64
-
-
-def run_method(
-    method: Method, model_path: str, tasks: list[Task], config: LearnerConfig, *, lr: float | None, idle: int,
-    texts: list[str], calibration: list[str] | None, progress: Progress,
-) -> dict[str, Any]:
-    """One row of the benchmark: a fresh model, one pass, all scores."""
-    started = time.perf_counter()
-    model, tokenizer = load_pretrained(model_path)
-    learner = StreamLearner(model, tokenizer, method_config(method, config, lr=lr), calibration=calibration)
-    ids = [row[:TEXT_TOKENS] for row in tokenizer(texts, verbose=False)["input_ids"]]
-    probe = RetentionProbe(learner.attachment, ids) if texts else None
-    total = sum(len(task.learn) for task in tasks)
-    bar = progress.add_task(f"{method}, seed {config.seed}", total=total)
-    run = run_stream(learner, tasks, method, idle=idle, equal=config,
-                     on_progress=lambda run: progress.update(bar, completed=run.learned))
-    matrix = AccuracyMatrix([task.name for task in tasks])
-    for row in run.rows:
-        matrix.add(row)
-    retention = probe.measure() if probe else None
-    expert = learner.state.store.expert("default")
-    return {
-        "method": method, "seed": config.seed, "ring": config.ring_samples, "acc": matrix.acc, "la": matrix.la,
-        "bwt": matrix.bwt, "crs": retention.crs if retention else None,
-        "ppl_ratio": retention.ppl_ratio if retention else None,
-        "grad_evals": learner.state.counters.gradients, "update_ms_p50": run.update_ms_p50,
-        "state_bytes": learner.state_bytes(), "basis_columns": learner.state.protection.columns,
-        "held_discarded": max(expert.discarded), "seconds": time.perf_counter() - started, "final": run.rows[-1],
-    }
+# texts of at least this many characters from a text file, as the retention set
+TEXT_CHARS, TEXTS = 80, 64
 
 
 def bench_forgetting(
     model: Annotated[str, typer.Option(help="path or hub id of the base model")],
     tasks: Annotated[Path | None, typer.Option(help="folder of tasks; without one the demo's corrections")] = None,
-    stream: Annotated[str, typer.Option(help="a stream of the folder, or task names with commas")] = "",
-    methods: Annotated[str, typer.Option(help="of ogp, replay, sequential")] = "ogp,replay,sequential",
-    ring: Annotated[int, typer.Option(help="slots of the replay ring")] = 128,
-    seeds: Annotated[int, typer.Option(help="number of seeds")] = 1,
-    idle: Annotated[int, typer.Option(help="updates of consolidation after each task")] = 100,
-    limit: Annotated[int | None, typer.Option(help="samples of each task")] = None,
-    tune: Annotated[int, typer.Option(help="score on this many held-back learning samples of each task")] = 0,
+    stream: Annotated[list[str] | None, typer.Option(
+        help="a stream of the folder, or task names with commas; :reversed behind it runs it backwards; repeat for "
+        "more")] = None,
+    methods: Annotated[str, typer.Option(help=f"of {', '.join(METHODS)}")] = ",".join(METHODS),
+    ring: Annotated[int, typer.Option(min=1, help="slots of the replay ring")] = 128,
+    seeds: Annotated[int, typer.Option(min=1, help="number of seeds")] = 3,
+    idle: Annotated[int, typer.Option(min=0, help="updates in the idle phase after each task")] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="samples of each task")] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="samples between points of the curve, besides the ends of "
+                                              "tasks")] = None,
+    tune: Annotated[int, typer.Option(min=0, help="score on this many held-back learning samples of each task")] = 0,
+    find_rates: Annotated[Path | None, typer.Option(help="try each method's grid and write the winners here; with "
+                                                    "--tune")] = None,
+    rates: Annotated[Path | None, typer.Option(help="file of --find-rates with each method's settings")] = None,
+    lr: Annotated[list[str] | None, typer.Option(help="method=rate")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="LearnerConfig field=value, for all methods")] = None,
     texts: Annotated[Path | None, typer.Option(help="text file, one held-out text a line, for retention")] = None,
     calibration: Annotated[Path | None, typer.Option(help="text file for the warm start, one text a line; without it "
                                                      "samples of the model's own")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="LearnerConfig field=value, for all methods")] = None,
-    lr: Annotated[list[str] | None, typer.Option(help="method=rate")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for forgetting.csv")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="rows at a time, each in a process of its own")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="of torch, for each row")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for rows, forgetting.csv and pictures")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
-    threads: Annotated[int | None, typer.Option(help="of torch")] = None,
 ) -> None:
-    """Accuracy, forgetting and retention over a one-pass stream, beside replay and sequential LoRA."""
-    unknown = sorted(set(methods.split(",")) - set(get_args(Method)))
+    """Accuracy, forgetting and retention over one-pass streams of single samples, beside eleven other methods."""
+    unknown = sorted(set(methods.split(",")) - set(METHODS))
     if unknown:
-        raise typer.BadParameter(f"unknown method {', '.join(unknown)}: use {', '.join(get_args(Method))}")
-    if threads:
-        torch.set_num_threads(threads)
-    settings, rates = _values(set_ or [], "--set"), _values(lr or [], "--lr")
-    lines = texts.read_text("utf-8").splitlines() if texts else []
-    held_out = [line for line in lines if len(line) > TEXT_CHARS][:TEXTS]
-    warm = calibration.read_text("utf-8").splitlines() if calibration else None
-    rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for seed in range(seeds):
-            order = demo_tasks(seed) if tasks is None else folder_tasks(tasks, stream, seed=seed, limit=limit)
-            order = split_tail(order, tune) if tune else order
-            config = LearnerConfig.from_dict({"ring_samples": ring, "seed": seed, **settings})
-            for method in (m for m in get_args(Method) if m in methods.split(",")):
-                row = run_method(method, model, order, config, lr=rates.get(method), idle=idle,
-                                 texts=held_out, calibration=warm, progress=progress)
-                rows.append({**row, "stream": stream or "demo"})
-                typer.echo(_line(rows[-1]), err=True)
+        fail(f"unknown method {', '.join(unknown)}: use {', '.join(METHODS)}", 2)
+    prepare(out)
+    try:
+        known = read_rates(rates) if rates else {}
+        for name, rate in _values(lr or [], "--lr").items():
+            if name not in METHODS:
+                raise ConfigError(f"--lr {name}={rate} is of no method: use {', '.join(METHODS)}")
+            known[name] = replace(known.get(name, Rate(0.0, None, None)), lr=float(rate))
+        if find_rates is not None and (tune < 1 or len(stream or []) > 1):
+            raise ConfigError("--find-rates needs --tune N and a single --stream: what is tuned on is never tested on")
+        settings = {"ring_samples": ring, **_values(set_ or [], "--set")}
+        lines = texts.read_text("utf-8").splitlines() if texts else []
+        plan = [
+            Job(method, model, None if tasks is None else str(tasks.resolve()), name,
+                LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), idle=idle, limit=limit, tune=tune,
+                every=every, texts=[text for text in lines if len(text) > TEXT_CHARS][:TEXTS],
+                calibration=calibration.read_text("utf-8").splitlines() if calibration else None, threads=threads)
+            for name in stream or ["demo"] for seed in range(seeds) for method in METHODS
+            if method in methods.split(",")
+        ]
+        plan = ([one for job in plan for one in candidates(job)] if find_rates is not None
+                else [_with_rate(job, known) for job in plan])
+        # a wrong stream or setting is told before the first row is computed
+        for job in {(job.stream, job.seed): job for job in plan}.values():
+            job.order()
+        for job in plan:
+            method_config(job.method, LearnerConfig.from_dict(job.config), lr=job.lr)
+        store = RowStore(out)
+        _compute(plan, store, jobs)
+    except OSError as error:
+        fail(f"{error.filename} cannot be read or written ({error.strerror})", 1)
+    except OgpStreamError as error:
+        fail(str(error), error.exit_status)
+    rows = [row for job in plan if (row := store.find(job.settings)) is not None]
+    if find_rates is not None:
+        write_rates(find_rates, rows[0]["stream"], rows)
+    else:
+        for table in tables(rows):
+            Console(stderr=as_json, width=180).print(table)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "forgetting.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(out / "forgetting.csv", store.rows())
+        if find_rates is None:
+            draw(rows, out)
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
 
 
-def _values(items: list[str], option: str) -> dict[str, Any]:
+def _with_rate(job: Job, known: dict[str, Rate]) -> Job:
+    rate = known.get(job.method)
+    return job if rate is None else replace(job, lr=rate.lr, strength=rate.strength, tuned_on=rate.tuned_on)
+
+
+def _compute(plan: Sequence[Job], store: RowStore, jobs: int) -> None:
+    """The rows that are missing, with a line for each as soon as it is done."""
+    missing = list({job.settings: job for job in plan if store.find(job.settings) is None}.values())
+    console = Console(stderr=True)
+    if len(missing) < len(plan):
+        console.print(f"{len(plan) - len(missing)} of {len(plan)} rows are there already", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        whole = progress.add_task("rows", total=len(missing))
+        for row in (_one_by_one(missing, progress) if jobs == 1 else _side_by_side(missing, jobs)):
+            store.add(row)
+            progress.advance(whole)
+            typer.echo(line(row), err=True)
+
+
+def _one_by_one(missing: Sequence[Job], progress: Progress) -> Iterator[Row]:
+    for job in missing:
+        bar = progress.add_task(f"{job.method}, {job.stream}, seed {job.seed}", total=None)
+
+        def show(done: int, total: int, bar: Any = bar) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        yield run_row(job, show)
+        progress.remove_task(bar)
+
+
+def _side_by_side(missing: Sequence[Job], jobs: int) -> Iterator[Row]:
+    # not by fork: torch's threads do not survive it
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(run_row, job) for job in missing]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _values(items: Sequence[str], option: str) -> dict[str, Any]:
     """name=value items; a value that is no JSON is a text."""
     values = {}
     for item in items:
         name, equals, value = item.partition("=")
         if not equals:
-            raise typer.BadParameter(f"{option} {item}: write name=value")
+            fail(f"{option} {item}: write name=value", 2)
         try:
             values[name] = json.loads(value)
         except ValueError:
             values[name] = value
     return values
-
-
-def _line(row: dict[str, Any]) -> str:
-    kept = "" if row["crs"] is None else f"  CRS {row['crs']:.3f}  perplexity x{row['ppl_ratio']:.3f}"
-    scores = f"LA {row['la']:.3f}  ACC {row['acc']:.3f}  BWT {row['bwt']:+.3f}"
-    cost = f"{row['grad_evals']} gradients  {row['update_ms_p50']:.0f} ms  {row['seconds']:.0f} s"
-    return f"{row['method']:<10} seed {row['seed']}  {scores}{kept}  P {row['basis_columns']}  {cost}"

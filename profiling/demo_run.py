@@ -28,7 +28,6 @@ from ogpstream.profiling.demo_model import base_model, gather_corpus
 from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary
 from ogpstream.profiling.demo_worker import Job
-from ogpstream.profiling.stream_run import Method
 from ogpstream.profiling.tasks import demo_tasks
 
 # slots of the ring: a small part of the 600 samples, as for a stream without an end
@@ -38,7 +37,7 @@ IDLE = 60
 # samples between two points of the curve
 EVERY = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
-RATES: dict[Method, float] = {"ogp": 3e-3, "replay": 1e-3, "sequential": 5e-4}
+RATES = {"ogp": 3e-3, "replay1": 1e-3, "sequential": 5e-4}
 # stronger than the default: a base of 2M parameters uses every direction it has
 BASE_ANCHOR = 3e-2
 HELD_OUT = 96
@@ -75,7 +74,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
 
-    def job(name: str, method: Method, *, saved: bool = False, scored: bool = True, adapter: Path | None = None) -> Job:
+    def job(name: str, method: str, *, saved: bool = False, scored: bool = True, adapter: Path | None = None) -> Job:
         return Job(
             model, method, config.to_dict(), RATES[method], IDLE, EVERY if scored else None, threads, None,
             str(work / f"{name}.progress.json"), str(work / f"{name}.json"),
@@ -87,7 +86,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     jobs = {
         "ours": job("ours", "ogp", saved=True, adapter=out / "adapter"),
         "sequential LoRA": job("sequential", "sequential"),
-        "replay alone": job("replay", "replay"),
+        "replay alone": job("replay", "replay1"),
         "ours, not killed": job("steady", "ogp", saved=True, scored=False),
     }
     samples = sum(len(task.learn) for task in demo_tasks(seed))

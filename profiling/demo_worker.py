@@ -21,7 +21,8 @@ import torch
 from ogpstream.learner import LearnerConfig, RetentionProbe, StreamLearner
 from ogpstream.learner.certificate import DriftMeter
 from ogpstream.learner.pretrained import load_pretrained
-from ogpstream.profiling.stream_run import Method, StreamRun, evaluate, method_config, run_stream
+from ogpstream.profiling.methods import learner_student, method_config
+from ogpstream.profiling.stream_run import StreamRun, evaluate, run_stream
 from ogpstream.profiling.tasks import demo_tasks
 
 # samples between two looks at the guarantee and between two writings of the progress
@@ -35,6 +36,7 @@ class Job:
 
     Attributes:
         model: folder or hub id.
+        method: one that the learner itself runs: ogp, replay1 or sequential.
         config: the learner's settings as JSON values, before the method changes them.
         samples: of each domain, the first ones of its order; None takes all.
         state_dir: journal and snapshots; None keeps the state in memory.
@@ -45,7 +47,7 @@ class Job:
     """
 
     model: str
-    method: Method
+    method: str
     config: dict[str, Any]
     lr: float
     idle: int
@@ -89,7 +91,7 @@ def work(job: Job) -> None:
             _write(job.progress, asdict(run))
 
     _write(job.progress, asdict(run))
-    run = run_stream(learner, tasks, job.method, idle=job.idle, equal=equal, every=job.every,
+    run = run_stream(learner_student(learner, job.method, equal), tasks, idle=job.idle, every=job.every,
                      score=scored, run=run, on_progress=tell)
     drift = meter.drift()
     retention = probe.measure() if scored else None

@@ -1,0 +1,169 @@
+"""One row of `ogpstream bench forgetting`: a fresh model, one method, one pass over one stream, all scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from ogpstream.learner import ConfigError, LearnerConfig, Retention, RetentionProbe
+from ogpstream.learner.binding import Binding
+from ogpstream.learner.pretrained import load_pretrained
+from ogpstream.learner.sites import Attachment
+from ogpstream.profiling.baselines.joint import EPOCHS, Joint
+from ogpstream.profiling.evaluate import AccuracyMatrix
+from ogpstream.profiling.methods import method_config, student
+from ogpstream.profiling.row_store import settings_digest
+from ogpstream.profiling.stream_run import evaluate, run_stream
+from ogpstream.profiling.student import LearnerStudent, Student
+from ogpstream.profiling.tasks import Task, demo_tasks, folder_tasks, split_tail
+
+# ids that a held-out text is cut to
+TEXT_TOKENS = 120
+
+# (samples or epochs done, of how many)
+Progress = Callable[[int, int], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one row is of; all values are JSON values, so that a process of its own can compute it.
+
+    Attributes:
+        stream: a stream of the folder `tasks`, or where that is None "demo", the embedded corrections; ":reversed"
+            behind it runs the tasks backwards.
+        config: of the learner, as `LearnerConfig.to_dict` has it, with ring and seed.
+        lr, strength: of the method; None is its default.
+        tuned_on: the stream that these were found on, or None.
+        limit: samples of each task, the first ones.
+        tune: learning samples of each task that are held back and scored in place of the test items; 0 tests.
+        texts: held-out texts for retention; calibration: texts for the warm start, None for the model's own samples.
+    """
+
+    method: str
+    model: str
+    tasks: str | None
+    stream: str
+    config: dict[str, Any]
+    lr: float | None = None
+    strength: float | None = None
+    tuned_on: str | None = None
+    idle: int = 100
+    limit: int | None = None
+    tune: int = 0
+    every: int | None = None
+    texts: Sequence[str] = field(default=(), repr=False)
+    calibration: Sequence[str] | None = field(default=None, repr=False)
+    threads: int | None = None
+
+    @property
+    def settings(self) -> str:
+        """The key of the row: everything that it depends on, but not the number of threads."""
+        return settings_digest({**asdict(self), "threads": None})
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    def order(self) -> list[Task]:
+        """The tasks in the order of the stream."""
+        if self.tasks is None:
+            name, _, backwards = self.stream.partition(":")
+            if name != "demo" or backwards not in ("", "reversed"):
+                raise ConfigError(f"no stream {self.stream!r} without --tasks: there are demo and demo:reversed")
+            tasks = [replace(task, learn=task.learn[: self.limit]) for task in demo_tasks(self.seed)]
+            tasks = tasks[::-1] if backwards else tasks
+        else:
+            tasks = folder_tasks(Path(self.tasks), self.stream, seed=self.seed, limit=self.limit)
+        return split_tail(tasks, self.tune) if self.tune else tasks
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """What a `RetentionProbe` asks of an attachment, for a model that carries no adapters yet."""
+
+    model: Any
+    binding: Binding
+
+
+def run_row(job: Job, on_progress: Progress = lambda done, total: None) -> dict[str, Any]:
+    """The scores of one job.
+
+    Raises:
+        OgpStreamError: model, stream or settings do not fit.
+    """
+    started = time.perf_counter()
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    config = LearnerConfig.from_dict(job.config)
+    tasks = job.order()
+    model, tokenizer = load_pretrained(job.model)
+    probe = None
+    if job.texts:
+        ids = [row[:TEXT_TOKENS] for row in tokenizer(list(job.texts), verbose=False)["input_ids"]]
+        probe = RetentionProbe(cast(Attachment, _Bare(model, Binding())), ids)
+    scores = _joint if job.method == "joint" else _stream
+    row = scores(job, model, tokenizer, config, tasks, on_progress)
+    if probe is not None:
+        row |= _kept(probe.measure())
+    # a run that diverged has no numbers that JSON could hold
+    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+           for name, value in row.items()}
+    return {
+        "method": job.method, "stream": job.stream, "seed": job.seed, "ring": config.ring_samples,
+        **dict.fromkeys(("acc", "la", "bwt", "crs", "ppl_ratio", "stickiness", "prequential_loss", "coverage")), **row,
+        "lr": method_config(job.method, config, lr=job.lr).lr, "tuned_on": job.tuned_on, "idle": job.idle,
+        "limit": job.limit, "tune": job.tune, "samples": sum(len(task.learn) for task in tasks),
+        "tasks": [task.name for task in tasks], "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - started, "settings": job.settings,
+    }
+
+
+def _stream(job: Job, model: Any, tokenizer: Any, config: LearnerConfig, tasks: list[Task], on_progress: Progress
+            ) -> dict[str, Any]:
+    learner = student(job.method, model, tokenizer, config, lr=job.lr, strength=job.strength,
+                      calibration=job.calibration)
+    total = sum(len(task.learn) for task in tasks)
+    run = run_stream(learner, tasks, idle=job.idle, every=job.every, ask=True,
+                     on_progress=lambda run: on_progress(run.learned, total))
+    matrix = AccuracyMatrix([task.name for task in tasks])
+    for accuracies in run.rows:
+        matrix.add(accuracies)
+    row = {
+        "acc": matrix.acc, "la": matrix.la, "bwt": matrix.bwt, "stickiness": float(np.mean(run.stuck)),
+        "prequential_loss": float(np.mean(run.losses)), "coverage": 0.0, "update_ms_p50": run.update_ms_p50,
+        "accuracies": run.rows, "points": run.points, **_cost(learner),
+    }
+    if isinstance(learner, LearnerStudent):
+        state = learner.learner.state
+        row |= {"coverage": learner.coverage(), "basis_columns": state.protection.columns,
+                "held_discarded": max(state.store.expert("default").discarded)}
+    return row
+
+
+def _joint(job: Job, model: Any, tokenizer: Any, config: LearnerConfig, tasks: list[Task], on_progress: Progress
+           ) -> dict[str, Any]:
+    """The same scores without a stream: its accuracies are those at the end."""
+    joint = Joint(model, tokenizer, method_config("joint", config, lr=job.lr))
+    started = time.perf_counter()
+    epochs, converged = joint.train_all([sample for task in tasks for sample in task.learn],
+                                        on_epoch=lambda epoch, loss: on_progress(epoch, EPOCHS))
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    final = evaluate(joint, tasks)
+    return {"acc": float(np.mean(final)), "update_ms_p50": milliseconds / joint.gradients,
+            "accuracies": [final], "points": [], "epochs": epochs, "converged": converged, **_cost(joint)}
+
+
+def _cost(learner: Student | Joint) -> dict[str, Any]:
+    return {"grad_evals": learner.gradients, "state_bytes": learner.state_bytes(), "boundaries": learner.boundaries,
+            "strength": getattr(learner, "strength", None)}
+
+
+def _kept(retention: Retention) -> dict[str, Any]:
+    return {"crs": retention.crs, "ppl_ratio": retention.ppl_ratio}

@@ -1,0 +1,73 @@
+"""The methods that are compared: their names, how each is built, and the settings that are tried to tune it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from importlib import import_module
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ogpstream.learner import LearnerConfig, StreamLearner
+from ogpstream.profiling.student import LearnerStudent, Student
+
+if TYPE_CHECKING:
+    from ogpstream.profiling.baselines.baseline import Baseline
+
+OURS = ("ogp", "ogp-uncut", "ogp-shared", "ogp-literal")
+# the learner itself as plain LoRA, with and without its ring
+PLAIN = ("sequential", "replay1")
+_BASELINES = {"replay16": "Replay16", "ewc": "EWC", "si": "SI", "agem": "AGEM", "derpp": "DERpp", "mer": "MER",
+              "olora": "OLoRA", "osf": "OSF", "joint": "Joint"}
+METHODS = (*OURS, "sequential", "replay16", "replay1", "ewc", "si", "agem", "derpp", "mer", "olora", "osf", "joint")
+# what is tried for plain LoRA by the learner; each baseline has its own
+PLAIN_RATES = (5e-4, 1e-3, 2e-3)
+
+
+def baseline_class(method: str) -> type[Baseline]:
+    """The class of a baseline, imported when it is asked for."""
+    module = import_module(f"ogpstream.profiling.baselines.{method}")
+    found: type[Baseline] = getattr(module, _BASELINES[method])
+    return found
+
+
+def method_config(method: str, config: LearnerConfig, *, lr: float | None = None) -> LearnerConfig:
+    """The learner's configuration for a method, with its own learning rate if given."""
+    if method == "ogp-uncut":
+        config = replace(config, held_rank=None)
+    elif method == "ogp-shared":
+        config = replace(config, basis_scope="shared")
+    elif method == "ogp-literal":
+        # what was set for all methods stays, the rest is as the specification has it
+        own = LearnerConfig()
+        config = LearnerConfig.literal(**{f.name: value for f in fields(config)
+                                          if (value := getattr(config, f.name)) != getattr(own, f.name)})
+    elif method not in OURS:
+        config = replace(config, guard="none", warm_start=False, settled_below=0.0, second_look=False)
+    if method == "sequential":
+        config = replace(config, rehearsals=0, replay_every=0)
+    return config if lr is None else replace(config, lr=lr)
+
+
+def learner_student(learner: StreamLearner, method: str, equal: LearnerConfig) -> LearnerStudent:
+    """A learner made with `method_config`; `equal` is the configuration whose evaluations the method gets too."""
+    return LearnerStudent(learner, alone=equal.rehearsals if method == "sequential" else None)
+
+
+def student(method: str, model: Any, tokenizer: Any, config: LearnerConfig, *, lr: float | None = None,
+            strength: float | None = None, calibration: Sequence[str] | None = None) -> Student:
+    """A method on a model, which it adapts in place; "joint" learns no stream and is not made here."""
+    own = method_config(method, config, lr=lr)
+    if method in _BASELINES:
+        return baseline_class(method)(model, tokenizer, own, strength=strength)
+    return learner_student(StreamLearner(model, tokenizer, own, calibration=calibration), method, config)
+
+
+def grid(method: str) -> list[tuple[float, float | None]]:
+    """(rate, strength) to be tried when the method is tuned; none for ours, whose settings are the defaults."""
+    if method in OURS:
+        return []
+    if method in PLAIN:
+        return [(rate, None) for rate in PLAIN_RATES]
+    kind = baseline_class(method)
+    return list(product(kind.rates, kind.strengths or (None,)))

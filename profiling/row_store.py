@@ -1,0 +1,62 @@
+"""Finished rows of a benchmark in a file, a line each: a run that was killed goes on after them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def settings_digest(settings: Any) -> str:
+    """What tells rows of different settings apart: 16 hexadecimal digits over JSON values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RowStore:
+    """Rows in `FOLDER/rows.jsonl`, by their field `settings`; in memory alone without a folder.
+
+    A line that a kill left half-written is skipped, and its row computed again.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / "rows.jsonl"
+        self._rows: dict[str, Row] = {}
+        if self.path is None or not self.path.exists():
+            return
+        for line in self.path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and "settings" in row:
+                self._rows[row["settings"]] = row
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, settings: str) -> Row | None:
+        return self._rows.get(settings)
+
+    def rows(self) -> list[Row]:
+        """All of them, in the order in which they were finished."""
+        return list(self._rows.values())
+
+    def add(self, row: Row) -> None:
+        """Keep a row; it is on the disk when this returns."""
+        self._rows[row["settings"]] = row
+        if self.path is None:
+            return
+        with self.path.open("a+b") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                # after half of a line the next one begins on its own
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())

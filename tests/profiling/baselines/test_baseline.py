@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from ogpstream.learner import LearnerConfig, ModelError
+from ogpstream.profiling.baselines.baseline import Baseline
+from ogpstream.profiling.methods import METHODS, OURS, PLAIN, baseline_class, grid
+
+NAMES = [name for name in METHODS if name not in (*OURS, *PLAIN, "joint")]
+
+
+def test_plain_lora_steps_on_the_new_sample_alone_and_rests_on_the_latest(build):
+    watched = build(Baseline)
+    watched.learn(0, 1)
+    watched.baseline.rest(2)
+    assert watched.baseline.gradients == len(watched.steps) == 10
+    for number, (theta, gradient, _) in zip((0, 0, 0, 1, 1, 1, 1, 0, 1, 0), watched.steps, strict=True):
+        torch.testing.assert_close(gradient, watched.own_gradient(number, theta))
+
+
+def test_the_first_step_is_adams(build):
+    watched = build(Baseline, lr=1e-3)
+    watched.learn(0)
+    before, gradient, after = watched.steps[0]
+    large = gradient.abs() > 1e-4
+    assert large.sum() > 100
+    # both moments are those of one gradient: every coordinate moves by the rate
+    torch.testing.assert_close((after - before)[large], -1e-3 * gradient[large].sign(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_learns_and_spends_what_the_learner_spends(build, name):
+    watched = build(baseline_class(name), lr=2e-3)
+    baseline = watched.baseline
+    # 1 + 2 for each of 5 samples, 2 for each of 3 idle updates, in both tasks; the ring begins with 0 and 1 sample
+    missing = {"agem": 3, "derpp": 2, "mer": 3}.get(name, 0)
+    watched.learn(0, 1, 2, 3, 4)
+    baseline.rest(3)
+    watched.learn(5, 6, 7, 8, 0)
+    baseline.rest(3)
+    assert baseline.gradients == 2 * (5 * 3 + 3 * 2) - missing and baseline.rests == 2
+    # the same samples again are known better
+    known = build(baseline_class(name), lr=2e-3)
+    first = [known.baseline.learn(sample) for sample in known.samples]
+    assert sum(known.baseline.learn(sample) for sample in known.samples) < sum(first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_told_of_a_new_sample_is_that_before_its_update(build, name):
+    watched = build(baseline_class(name))
+    watched.learn(0, 1)
+    want = float(watched.own_loss(2).detach())
+    assert watched.baseline.learn(watched.samples[2]) == pytest.approx(want, rel=1e-9)
+
+
+def test_state_is_parameters_moments_ring_and_what_a_method_keeps(build):
+    plain, ewc = build(Baseline).baseline, build(baseline_class("ewc")).baseline
+    numbers = plain.theta().numel()
+    assert plain.state_bytes() == 8 * numbers
+    # theta* and F besides
+    assert ewc.state_bytes() == 3 * 8 * numbers
+    plain.learn(build(Baseline).samples[0])
+    steps = 4 * len(plain.parameters)
+    assert plain.state_bytes() == 3 * 8 * numbers + steps
+
+
+def test_grids_hold_the_defaults_and_ours_have_none():
+    for name in METHODS:
+        tried = grid(name)
+        assert (not tried) == (name in OURS) and len(set(tried)) == len(tried) <= 9
+        if name not in (*OURS, *PLAIN):
+            kind = baseline_class(name)
+            assert (kind.strength in kind.strengths) if kind.strengths else kind.strength is None
+
+
+def test_a_model_without_linears_is_told(tiny_model, tiny_tokenizer):
+    # GPT-2 has Conv1D, which PEFT's OSF passes over
+    with pytest.raises(ModelError, match="OSF finds no linear"):
+        baseline_class("osf")(tiny_model("gpt2"), tiny_tokenizer, LearnerConfig())
