@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ogpstream.learner import ConfigError
+from ogpstream.profiling.environment import environment
 from ogpstream.profiling.gpu_timer import (
     LEAST,
     ClockTimer,
@@ -33,7 +34,7 @@ from ogpstream.profiling.kernel_cases import OPERATIONS, SWEEPS, Case, Operation
 from ogpstream.profiling.kernel_floor import Rates, floor_seconds, measure_rates, work
 from ogpstream.profiling.kernel_problem import Job, Problem
 from ogpstream.profiling.kernel_providers import PROVIDERS, TRITON, is_timed, launches, left_out, runs
-from ogpstream.profiling.kernel_report import CsvLog, draw, environment, suggestion, suggestion_text, table
+from ogpstream.profiling.kernel_report import CsvLog, draw, suggestion, suggestion_text, table
 from ogpstream.profiling.kernel_score import Score, Truth
 
 # of gradients and of what the projection leaves in span(P); the change of a float32 master is read from numbers ten

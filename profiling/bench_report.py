@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import typer
 from rich.console import Console
 
 from ogpstream.learner import ConfigError
+from ogpstream.profiling.environment import environment
 
 Row = dict[str, Any]
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,22 @@ def measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         fail(str(error), 2)
 
 
+def each(cases: Sequence[Case], name: Callable[[Case], str]) -> Iterator[Case]:
+    """The cases one by one; a line on stderr says which one has begun, since each may take a minute."""
+    console = Console(stderr=True)
+    for number, case in enumerate(cases, 1):
+        console.print(f"{number} of {len(cases)}: {name(case)}", markup=False, highlight=False, soft_wrap=True)
+        yield case
+
+
 def write(values: dict[str, Any], name: str, pictures: Sequence[Picture], out: Path | None, *, as_json: bool) -> None:
-    """CSV and picture into a folder, if one is given, and the JSON line."""
+    """CSV and picture into a folder, if one is given, and the JSON line; each with versions, device and command."""
+    on = torch.device("cuda" if torch.cuda.is_available() and values["device"] != "cpu" else "cpu")
+    # a row that names its own device, such as one that is not there, keeps it
+    where = {**environment(on), "command": " ".join(["ogpstream", *sys.argv[1:]])}
+    values = {**where, **values}
     if out is not None:
-        rows = values["rows"]
+        rows = [{**where, **row} for row in values["rows"]]
         with (out / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
             writer.writeheader()

@@ -19,7 +19,18 @@ from transformers import AutoModelForCausalLM
 
 from ogpstream.learner import LearnerConfig
 from ogpstream.learner.config import LearningState
-from ogpstream.profiling.bench_report import Picture, Row, chosen, device_named, fail, measured, prepare, table, write
+from ogpstream.profiling.bench_report import (
+    Picture,
+    Row,
+    chosen,
+    device_named,
+    each,
+    fail,
+    measured,
+    prepare,
+    table,
+    write,
+)
 from ogpstream.profiling.bench_vram import fields
 from ogpstream.profiling.gpu_timer import percentile
 from ogpstream.profiling.update_providers import Work, providers
@@ -138,12 +149,13 @@ def bench_update(
         cases += [("L", replace(base, L=L)) for L in sorted({max(1, base.L // 4), max(1, base.L // 2), base.L})]
 
     def measure() -> dict[str, Any]:
-        found = [{"sweep": name, **time_update(geometry, on, turns)} for name, geometry in cases]
+        told = each(cases, lambda case: f"T {case[1].T}, L {case[1].L}, {case[1].rows} supervised")
+        found = [{"sweep": name, **time_update(geometry, on, turns)} for name, geometry in told]
         lean, resident = (measure_update(base.architecture(), base.config(mode), tokens=base.T, rows=base.rows)
                           for mode in get_args(LearningState))
-        told = on.type if on.type == "cpu" else torch.cuda.get_device_name(on)
+        card = on.type if on.type == "cpu" else torch.cuda.get_device_name(on)
         # bytes are those of a GPU: with the model on a CPU everything is host RAM
-        return {**fields(lean, resident), **{k: v for k, v in found[0].items() if k != "sweep"}, "device": told,
+        return {**fields(lean, resident), **{k: v for k, v in found[0].items() if k != "sweep"}, "device": card,
                 "threads": torch.get_num_threads(), "rows": found}
 
     values = measured(measure)

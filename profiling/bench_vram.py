@@ -13,7 +13,7 @@ from rich.console import Console
 from ogpstream.learner import ConfigError, LearnerConfig
 from ogpstream.learner.config import LearningState
 from ogpstream.profiling import memory_table
-from ogpstream.profiling.bench_report import Picture, Row, chosen, fail, measured, prepare, table, write
+from ogpstream.profiling.bench_report import Picture, Row, chosen, each, fail, measured, prepare, table, write
 from ogpstream.profiling.vram import Usage, llama_config, measure_update
 
 _BYTES = ("learner_state_bytes", "resident_state_bytes", "activation_peak_bytes")
@@ -94,9 +94,8 @@ def bench_vram(
                       "rounding and cuBLAS's workspace", highlight=False, soft_wrap=True)
 
     def measure() -> dict[str, Any]:
-        rows = [base.row("base")]
-        for name in names:
-            rows += [geometry.row(name) for geometry in known[name]]
+        cases = [("base", base), *((name, geometry) for name in names for geometry in known[name])]
+        rows = [geometry.row(name) for name, geometry in each(cases, lambda case: f"{case[0]}, {case[1]}")]
         return {**rows[0], "ours_ms_p50": None, "rows": rows}
 
     try:

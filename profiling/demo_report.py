@@ -20,9 +20,10 @@ def summary(ours: Mapping[str, Any], steady: Mapping[str, Any], replay: Mapping[
     values: dict[str, Any] = {
         "updates": ours["updates"], "domains": ours["tasks"], "before": ours["before"],
         "acc_before": sum(ours["before"]) / len(ours["before"]),
-        "resumed_exactly": ours["state_sha256"] == steady["state_sha256"],
-        # the killed run's meter starts anew half-way: the whole stream was watched in the other one
-        "guarantee_drift": max(ours["guarantee_drift"], steady["guarantee_drift"]), "held_drift": steady["held_drift"],
+        "resumed_exactly": ours["digest"] == steady["state_sha256"],
+        # one meter watched the stream from the kill on, the other one until after it: their sum bounds the whole
+        "guarantee_drift": ours["guarantee_drift"] + steady["guarantee_drift"],
+        "held_drift": ours["held_drift"] + steady["held_drift"],
         "basis_columns": ours["basis_columns"], "state_sha256": ours["state_sha256"],
     }
     for suffix, result in zip(LEARNERS, (ours, replay, sequential), strict=True):

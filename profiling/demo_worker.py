@@ -39,6 +39,8 @@ class Job:
         method: one that the learner itself runs: ogp, replay1 or sequential.
         config: the learner's settings as JSON values, before the method changes them.
         samples: of each domain, the first ones of its order; None takes all.
+        domains: the first ones; None takes all.
+        digest_after: so many domains and their idle phases, the digest of the state is taken.
         state_dir: journal and snapshots; None keeps the state in memory.
         calibration: texts for the warm start; None for the model's own samples.
         held_out: texts that retention is measured on.
@@ -54,6 +56,8 @@ class Job:
     every: int | None
     threads: int
     samples: int | None
+    domains: int | None
+    digest_after: int
     progress: str
     result: str
     state_dir: str | None
@@ -67,7 +71,7 @@ def work(job: Job) -> None:
     torch.set_num_threads(job.threads)
     model, tokenizer = load_pretrained(job.model)
     equal = LearnerConfig.from_dict(job.config)
-    tasks = [replace(task, learn=task.learn[: job.samples]) for task in demo_tasks(equal.seed)]
+    tasks = [replace(task, learn=task.learn[: job.samples]) for task in demo_tasks(equal.seed)[: job.domains]]
     run = StreamRun()
     if job.state_dir is not None and Path(job.progress).exists():
         run = StreamRun(**json.loads(Path(job.progress).read_text("utf-8")))
@@ -83,8 +87,13 @@ def work(job: Job) -> None:
         with learner.attachment.binding.using(None):
             before = evaluate(learner, tasks)
     meter = DriftMeter(learner.state.protection, learner.state.store)
+    compared = sum(len(task.learn) for task in tasks[: job.digest_after])
+    # in a file of its own, since the process may be killed after that
+    digest = Path(f"{job.progress}.digest")
 
     def tell(run: StreamRun) -> None:
+        if run.learned == compared and len(run.rows) == job.digest_after:
+            _write(digest, learner.state_sha256())
         if run.learned % LOOK == 0:
             meter.mark()
         if run.learned % WRITE == 0:
@@ -103,12 +112,13 @@ def work(job: Job) -> None:
         "state_bytes": learner.state_bytes(),
         "base_retention": retention and retention.crs, "ppl_ratio": retention and retention.ppl_ratio,
         "guarantee_drift": drift.guarantee, "held_drift": drift.held, "state_sha256": learner.state_sha256(),
+        "digest": json.loads(digest.read_text("utf-8")),
         "basis_columns": learner.state.protection.columns, "version": learner.version,
     })
     learner.close()
 
 
-def _write(path: str, values: dict[str, Any]) -> None:
+def _write(path: str | Path, values: Any) -> None:
     temporary = f"{path}.new"
     Path(temporary).write_text(json.dumps(values), "utf-8")
     os.replace(temporary, path)

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import platform
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 Row = Mapping[str, Any]
 
@@ -27,21 +21,6 @@ DISPATCHED = {
 }
 # a gain below this is not worth a second backend, and within what two runs differ
 WORTH = 0.95
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device and versions, as the JSON line and the CSV have them."""
-    values: dict[str, Any] = {"torch": torch.__version__, "triton": None, "python": platform.python_version()}
-    try:
-        values["triton"] = version("triton")
-    except PackageNotFoundError:
-        pass
-    if device.type == "cpu":
-        return {**values, "device": f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads, {_processor()}",
-                "capability": None, "driver": None}
-    properties = torch.cuda.get_device_properties(device)
-    return {**values, "device": properties.name, "capability": [properties.major, properties.minor],
-            "driver": _driver()}
 
 
 class CsvLog:
@@ -175,21 +154,3 @@ def _cells(first: str, *rest: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None

@@ -1,5 +1,6 @@
 """`bench update` and `bench vram`: the fields that scripts rely on, equal work of all ways, and wrong use."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -41,7 +42,11 @@ def test_bench_update(tmp_path: Path) -> None:
     for row in values["rows"]:
         assert row["ratio_vs_peft"] == pytest.approx(row["ours_ms_p50"] / row["peft_ms_p50"])
         assert 0 < row["yield_ms_p99"] < 1e4
-    assert len((tmp_path / "update.csv").read_text().splitlines()) == 5
+    with open(tmp_path / "update.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 4 and all(line["torch"] == torch.__version__ and line["transformers"] for line in lines)
+    assert values["torch"] == torch.__version__ and values["command"].startswith("ogpstream")
+    assert "4 of 4: T 16, L 2, 4 supervised" in run.stderr
     assert (tmp_path / "update.png").stat().st_size > 5000
 
 
@@ -56,6 +61,11 @@ def test_bench_vram(tmp_path: Path) -> None:
     assert [row["experts"] for row in values["rows"]] == [8, 2, 8, 32]
     assert len({row["learner_state_bytes"] for row in values["rows"]}) == 1
     assert values["total_learning_vram_bytes"] == values["learner_state_bytes"] + values["activation_peak_bytes"]
+    with open(tmp_path / "vram.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    # bytes of a device that is not there, by these versions
+    assert {line["device"] for line in lines} == {values["device"]} and lines[0]["torch"] == torch.__version__
+    assert "2 of 4: experts" in run.stderr
     assert (tmp_path / "vram.png").stat().st_size > 5000
 
 

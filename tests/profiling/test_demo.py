@@ -25,8 +25,8 @@ def _result(after: float, sha: str = "x") -> dict:
     return {
         "tasks": TASKS, "before": [0.1, 0.3], "rows": [[0.9, 0.3], [after, 0.7]], "points": [(1, 0.2), (2, after)],
         "updates": 2, "update_ms_p50": 5.0, "grad_evals": 6, "state_bytes": 10**6, "base_retention": 0.98,
-        "ppl_ratio": 1.02, "guarantee_drift": 1e-8, "held_drift": 0.0, "state_sha256": sha, "basis_columns": 3,
-        "version": 4,
+        "ppl_ratio": 1.02, "guarantee_drift": 1e-8, "held_drift": 0.5, "state_sha256": sha, "digest": sha,
+        "basis_columns": 3, "version": 4,
     }
 
 
@@ -36,6 +36,8 @@ def test_the_summary_has_the_promised_fields_and_formulas():
     assert values["acc_before"] == pytest.approx(0.2) and values["acc_after"] == pytest.approx(0.75)
     assert values["bwt"] == pytest.approx(-0.1) and values["bwt_sequential"] == pytest.approx(-0.8)
     assert values["la"] == pytest.approx(0.8) and values["resumed_exactly"] is True
+    # two windows of one stream
+    assert values["guarantee_drift"] == pytest.approx(2e-8) and values["held_drift"] == pytest.approx(1.0)
     assert summary(_result(0.8, "y"), _result(0.8), _result(0.5), _result(0.1))["resumed_exactly"] is False
 
 
@@ -56,7 +58,7 @@ def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
     config = LearnerConfig(ring_samples=8, rehearsals=1, warm_samples=2, warm_tokens=8, snapshot_every=7)
     values = dict(
         model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1,
-        samples=12,
+        samples=12, domains=None, digest_after=3,
         progress=str(folder / f"{name}.progress.json"), result=str(folder / f"{name}.json"),
         state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"],
         adapter=None,
@@ -74,10 +76,11 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
     killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
     assert len(calls) == 2 and killed["updates"] == 60 and shown[-1] == 60
     assert calls[0][0][0] == sys.executable
-    job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"))
+    job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"), domains=3)
     demo_worker.work(job)
     steady = json.loads((tmp_path / "steady.json").read_text())
-    assert steady["state_sha256"] == killed["state_sha256"]
+    assert steady["updates"] == 36 and len(steady["tasks"]) == 3
+    assert steady["state_sha256"] == steady["digest"] == killed["digest"] != killed["state_sha256"]
     assert steady["guarantee_drift"] <= 1e-6
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
 
