@@ -306,7 +306,8 @@ class StreamLearner:
         if known is not None:
             self.queue.last_report = known
             return known
-        self.accept(sample)
+        if not self._waits(sample):
+            self.queue.acknowledge([self._record(sample, rehearsals=0)])
         report: Report = None
         while self.queue:
             done = yield from self.queue.apply_next()
@@ -585,6 +586,10 @@ class StreamLearner:
         if sample.digest in self.state.refused:
             return SampleReport(sample.id, "rejected", self.version, reason=_REFUSED_BEFORE)
         return None
+
+    def _waits(self, sample: Sample) -> bool:
+        """Whether an aborted step, or a loop that has not come to it, has left a sample of this id pending."""
+        return sample.id is not None and self.queue.holds(sample.id)
 
     def _check_new(self, name: str) -> None:
         if not EXPERT_NAME.fullmatch(name):

@@ -455,6 +455,18 @@ def test_what_a_guard_refused_is_learned_once_it_is_another(
     assert learner.state.counters.rejected == 1
 
 
+def test_a_step_looks_a_sample_up_once(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, known, asked = make(), StreamLearner._known, []
+
+    def count(self: StreamLearner, sample: Sample) -> SampleReport | None:
+        asked.append(sample.id)
+        return known(self, sample)
+
+    monkeypatch.setattr(StreamLearner, "_known", count)
+    assert [learner.learn_one(_sample(0, id="a")).status for _ in range(2)] == ["learned", "skipped"]
+    assert asked == ["a", "a"]
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 50.0])
 def test_an_absurd_loss_commits_nothing(make: MakeLearner, monkeypatch: pytest.MonkeyPatch, loss: float) -> None:
     learner = make()
