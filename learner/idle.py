@@ -98,19 +98,19 @@ class IdleLoop:
 
         Returns:
             The report of its update. An error of its units comes there too; the sample stays pending and is tried
-            again. "skipped" if its id was brought before.
+            again. "skipped" if its id was brought before, "rejected" if a guard refused it before.
 
         Raises:
             SampleError: the sample is unusable.
             StateError: the journal cannot be written, or the loop is closed.
         """
         with self._desk.asking() as learner:
-            number = learner.accept(sample)
-            if number is None:
+            accepted = learner.accept(sample)
+            if isinstance(accepted, SampleReport):
                 future: Future[SampleReport] = promise()
-                future.set_result(SampleReport(sample.id, "skipped", learner.version))
+                future.set_result(accepted)
             else:
-                future = self._tickets.add(number, self._clock())
+                future = self._tickets.add(accepted, self._clock())
         self._wake.set()
         return future
 

@@ -315,20 +315,25 @@ class StreamLearner:
         assert isinstance(report, SampleReport)
         return report
 
-    def accept(self, sample: Sample) -> int | None:
+    def accept(self, sample: Sample) -> int | SampleReport:
         """Acknowledge a sample, which is learned by the next call of any learning method.
 
         Returns:
-            Its number in the journal, or None if its id was brought before, or a guard refused it before.
+            Its number in the journal; or what to tell of one that is not taken, because its id was brought before, or
+            a guard refused it before.
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
             StateError: the journal cannot be written.
         """
-        # one that an aborted step has left pending is not acknowledged twice
-        if self._known(sample) is not None or sample.id is not None and self.queue.holds(sample.id):
-            return None
-        return self.queue.acknowledge([self._record(sample, rehearsals=0)])
+        known = self._known(sample)
+        if known is None and self._waits(sample):
+            known = SampleReport(sample.id, "skipped", self.version)
+        if known is not None:
+            return known
+        number = self.queue.acknowledge([self._record(sample, rehearsals=0)])
+        assert number is not None
+        return number
 
     def accept_rehearsal(self, updates: int | None = None, *, limit: int | None = None) -> bool:
         """Acknowledge a rehearsal, which is done by the next call of any learning method.

@@ -449,7 +449,9 @@ def test_what_a_guard_refused_is_learned_once_it_is_another(
     # nothing that a later state might see differently is tried again: a killed run would do it once more often
     for report in (*learner.learn_batch([bad]), learner.learn_one(bad)):
         assert report.status == "rejected" and "a guard refused it before" in str(report.reason)
-    assert (learner.accept(bad), learner.state_sha256()) == (None, before)
+    told = learner.accept(bad)
+    assert isinstance(told, SampleReport) and told == report
+    assert learner.state_sha256() == before
     assert learner.learn_one(mended).status == "learned"
     assert [learner.learn_one(sample).status for sample in (mended, bad)] == ["skipped", "skipped"]
     assert learner.state.counters.rejected == 1
