@@ -155,6 +155,25 @@ class StreamLearner:
             self.attachment.detach()
             raise
 
+    # what users set
+
+    @property
+    def update_budget_ms(self) -> float | None:
+        """Milliseconds that the units of one update may take; None, as at the start, is without a bound.
+
+        An update that would take longer is made with less of the prompts, or of the top decoder layers alone; `pace`
+        in its report says of how many. The choice is journaled before it is made, so recovery repeats it, on whatever
+        machine; without a choice in the journal it makes whole updates.
+
+        Raises:
+            ConfigError: not above 0.
+        """
+        return self._applier.pacer.budget_ms
+
+    @update_budget_ms.setter
+    def update_budget_ms(self, budget: float | None) -> None:
+        self._applier.pacer.budget_ms = budget
+
     # what users read
 
     @property

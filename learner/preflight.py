@@ -116,7 +116,7 @@ class Preflight:
                 plan = self._walk.plan(torch.zeros(1, tokens, dtype=torch.long, device=self._walk.model.device))
             fixed.append((tokens, meter.alive))
             # told apart at the longest: a sliding window has a mask only beyond its width
-            kinds = kinds or _kinds(plan)
+            kinds = kinds or layer_kinds(plan)
             for index in kinds:
                 layers.setdefault(index, []).append((tokens, *_layer(binding, served, plan.calls[index], plan.hidden)))
         costs = []
@@ -164,7 +164,7 @@ class _Nowhere(GradientSink):
         return None
 
 
-def _kinds(plan: Plan) -> dict[int, int]:
+def layer_kinds(plan: Plan) -> dict[int, int]:
     """The first layer of each kind, by index, with the number of its kind."""
     first: dict[str, int] = {}
     count: dict[int, int] = {}

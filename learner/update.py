@@ -60,6 +60,10 @@ class Lesson:
         """Supervised ids."""
         return len(self.ids) - self.prompt_length
 
+    def asking(self, prompt: int, first: int | None) -> Lesson:
+        """The lesson with at most `prompt` ids of its prompt, at least 1, cut as `within` does."""
+        return self.within(self.rows + prompt, first)
+
     def within(self, tokens: int | None, first: int | None) -> Lesson:
         """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
 
@@ -122,7 +126,7 @@ class Updater:
         layers = None if layers is None or layers >= self.depth else layers
         while True:
             usable = [lesson for lesson in lessons if lesson.refusal is None]
-            plans = [self._plan(group, layers) for group in self._groups(usable)]
+            plans = [plan for _, _, plan in self.plans(usable, layers)]
             most = max(plans, key=_peak, default=None)
             try:
                 trial = yield from self._try(expert, lessons, iter(plans), layers)
@@ -226,10 +230,13 @@ class Updater:
         one = torch.zeros(1, 1, dtype=torch.long, device=self.attachment.model.device)
         return [call.layer for call in self.walk.plan(one).calls]
 
-    def _plan(self, group: Sequence[Lesson], layers: int | None) -> ActivationPlan:
-        # attention's square term is that of one long sample, which is more than that of several short ones
-        tokens = len(group) * max(len(lesson.ids) for lesson in group)
-        return self.preflight.plan(tokens, max(lesson.rows for lesson in group), layers)
+    def plans(self, lessons: Sequence[Lesson], layers: int | None
+              ) -> Iterator[tuple[list[Lesson], int, ActivationPlan]]:
+        """The lessons that share a forward, its tokens with the padding, and how its activations are kept."""
+        for group in self._groups(lessons):
+            # attention's square term is that of one long sample, which is more than that of several short ones
+            tokens = len(group) * max(len(lesson.ids) for lesson in group)
+            yield group, tokens, self.preflight.plan(tokens, max(lesson.rows for lesson in group), layers)
 
     def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan, layers: int | None) -> None:
         """After memory ran out: give all of it back, and go on with smaller plans than the largest one was."""
@@ -238,7 +245,7 @@ class Updater:
             torch.cuda.empty_cache()
         self.preflight.lower(most)
         longest = max(lessons, key=lambda lesson: len(lesson.ids))
-        now = max((self._plan(group, layers) for group in self._groups(lessons)), key=_peak)
+        now = max((plan for _, _, plan in self.plans(lessons, layers)), key=_peak)
         smaller = now.peak_bytes < most.peak_bytes
         _log.warning("out of memory with %d tokens and activations kept by %r (%d bytes predicted): the update is done "
                      "again %s", len(longest.ids), str(most), most.peak_bytes,

@@ -137,6 +137,9 @@ def test_an_update_of_the_top_layer_leaves_the_others_bit_for_bit(
         if one is learner and mode is not None:
             made, updater = MODES[mode](scope == "shared"), one._updater
             updater.staging = updater.proposer.staging = one.state.protection.staging = made
+        if mode != "lean":
+            # a resident mode keeps this one's slabs
+            one.learn_batch([_sample(7)])
         expert = one.state.store.expert("default")
         before.append({name: getattr(expert, name) for name in ("factors", "exp_avg", "exp_avg_sq")})
         counts = {key: basis.use_counts().tolist() for key, basis in one.state.protection.bases.items()}
