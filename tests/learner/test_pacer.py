@@ -89,8 +89,8 @@ def _ms(tokens: int, layers: int) -> float:
 
 @pytest.mark.parametrize(
     ("budget", "tokens", "layers"),
-    [(_ms(106, 3) * 1.01, 106, 3), (_ms(86, 3) * 1.01, 86, 3), (_ms(70, 3) * 1.01, 70, 3), (_ms(70, 2) * 1.01, 70, 2),
-     (_ms(70, 1) * 1.01, 70, 1), (_ms(22, 1) * 1.01, 22, 1), (0.001, 7, 1)],
+    [(_ms(106, 3) * 1.12, 106, 3), (_ms(86, 3) * 1.12, 86, 3), (_ms(70, 3) * 1.12, 70, 3), (_ms(70, 2) * 1.12, 70, 2),
+     (_ms(70, 1) * 1.12, 70, 1), (_ms(22, 1) * 1.12, 22, 1), (0.001, 7, 1)],
 )  # fmt: skip
 def test_an_update_fits_its_budget_and_says_how(
     make: MakeLearner, caplog: pytest.LogCaptureFixture, budget: float, tokens: int, layers: int
@@ -129,7 +129,7 @@ def test_pauses_between_units_do_not_count(make: MakeLearner, machine: Machine) 
 
 
 def test_it_follows_a_machine_that_becomes_slower(make: MakeLearner, machine: Machine) -> None:
-    learner = make(budget=_ms(106, 3) * 1.01, settled_below=0.0)
+    learner = make(budget=_ms(106, 3) * 1.12, settled_below=0.0)
     assert [learner.learn_one(_sample(seed)).tokens for seed in range(2)] == [106, 106]
     machine.speed = 0.75
     paces = [learner.learn_one(_sample(seed)).pace for seed in range(2, 11)]
@@ -139,7 +139,7 @@ def test_it_follows_a_machine_that_becomes_slower(make: MakeLearner, machine: Ma
 
 
 def test_old_samples_in_the_same_update_count_and_stay_whole_in_the_ring(make: MakeLearner) -> None:
-    learner = make(budget=_ms(2 * 80, 3) * 1.01)
+    learner = make(budget=_ms(2 * 80, 3) * 1.12)
     learner.learn_batch([_sample(0)])
     (report,) = learner.learn_batch([_sample(1)])
     # a prompt of 64 ids and its completion, of both
@@ -240,12 +240,12 @@ def test_an_aborted_update_keeps_its_choice(make: MakeLearner, machine: Machine)
 
 
 def test_what_is_protected_does_not_move_by_updates_of_the_top_layers(make: MakeLearner) -> None:
-    learner = make(budget=_ms(2 * 70, 1) * 1.01, basis_columns=12, warm_energy=0.5, warm_share=0.3)
+    learner = make(budget=_ms(2 * 70, 1) * 1.12, basis_columns=12, warm_energy=0.5, warm_share=0.3)
     meter = DriftMeter(learner.state.protection, learner.state.store)
     before = learner.state.protection.columns
     for seed in range(8):
         learner.learn_batch([_sample(seed)])
-        learner.update_budget_ms = None if seed % 3 == 1 else _ms(2 * 70, 1 + seed % 2) * 1.01
+        learner.update_budget_ms = None if seed % 3 == 1 else _ms(2 * 70, 1 + seed % 2) * 1.12
         learner.consolidate(1)
         meter.mark()
     assert learner.state.protection.columns > before + 8
