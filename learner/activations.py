@@ -15,6 +15,9 @@ With L layers, T tokens, and n supervised rows whose logits exist at once, in by
 N = ceil(L / k) inputs are stored, the first of them in P. S is the number of inputs alive beside it when a segment is
 walked backward: N - 1 stored ones and those of the last segment, or one less and those of a whole one. Hidden states
 that were offloaded are in host RAM and do not count.
+
+Where only the top layers are trained, L is their number, and the first of their inputs is one H more than P, but for
+those that were offloaded.
 """
 
 from __future__ import annotations
@@ -85,16 +88,19 @@ class Footprint:
     loss: Curve
     chunk: int
 
-    def plans(self, tokens: int, rows: int, *, host: bool) -> list[ActivationPlan]:
+    def plans(self, tokens: int, rows: int, *, host: bool, layers: int | None = None) -> list[ActivationPlan]:
         """Every policy for a sample of `tokens` ids, `rows` of them supervised, the cheapest in time first.
 
         Args:
+            layers: how many of the top layers are trained; None is all. They count as the largest kind.
             host: whether host RAM is another memory than the model's: there a copy (80 us for 4 MiB over a bus of
                 50 GB/s) costs less than computing a layer a second time, and without it saves nothing.
         """
         H, q = tokens * self.hidden, self.loss(min(rows, self.chunk))
         kinds = [(k.count, k.graph(tokens), k.forward(tokens), k.backward(tokens)) for k in self.layers]
-        L = sum(count for count, *_ in kinds)
+        depth = sum(count for count, *_ in kinds)
+        L = depth if layers is None else min(layers, depth)
+        entry = H if L < depth else 0
         f, b = max(f for *_, f, _ in kinds), max(b for *_, b in kinds)
 
         def plan(policy: Policy, every: int, scratch: float) -> ActivationPlan:
@@ -103,10 +109,10 @@ class Footprint:
         def segments(k: int) -> ActivationPlan:
             N = -(-L // k)
             S = max(N - 1 + (L - 1) % k, N - 2 + k - 1 if N > 1 else 0)
-            return plan("every", k, max((N - 1 + ((L - 1) % k > 0)) * H + f, (N + 1) * H + q, (S + 1) * H + b))
+            return plan("every", k, entry + max((N - 1 + ((L - 1) % k > 0)) * H + f, (N + 1) * H + q, (S + 1) * H + b))
 
-        graphs = sum(count * g for count, g, _, _ in kinds)
-        keep = plan("keep", 1, graphs + max(H + q, *(max(f - g, H + b - g) for _, g, f, b in kinds)))
+        graphs = min(sum(count * g for count, g, _, _ in kinds), L * max(g for _, g, _, _ in kinds))
+        keep = plan("keep", 1, entry + graphs + max(H + q, *(max(f - g, H + b - g) for _, g, f, b in kinds)))
         offload = [plan("offload", 1, max(H + f, 2 * H + q, 2 * H + b))] if host else []
         # with k over sqrt(L) the segment's own inputs outgrow what is saved between segments
         return [keep, segments(1), *offload, *map(segments, range(2, math.isqrt(L - 1) + 2))]

@@ -20,6 +20,8 @@ from ogpstream.learner import peft_io
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.pace import Choice
+from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
@@ -39,7 +41,11 @@ class Applier:
     Args:
         own: what identifies this learner in a snapshot: its config, the base model's fingerprint, the environment.
         acknowledge: writes records into the journal and queues them. One of kind "shorten" enters its tokens into the
-            `limits` of the record that it is of, which may be the one that is being applied.
+            `limits` of the record that it is of, which may be the one that is being applied; one of kind "pace" its
+            choice into the `paces`.
+
+    Attributes:
+        pacer: the time budget of the updates.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Applier:
         self.folder = folder
         self.own = own
         self.acknowledge = acknowledge
+        self.pacer = Pacer(updater)
 
     def apply(self, record: Record) -> Generator[str, None, Report]:
         """Apply one record; yields after every unit. Dropped half-way, the rest is done when it is applied again."""
@@ -84,6 +91,7 @@ class Applier:
             update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
             new = self._limited(new, record, 0)
+            trained = self._paced(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
             counters.acknowledged += 1
             if reason is not None:
@@ -93,7 +101,7 @@ class Applier:
                     # not by its id, which the mended sample may have too
                     self.state.refused.add(record["digest"])
                 self.folder.quarantine({**record, "reason": reason})
-                return self._report(record, new, "rejected", started, loss, updates, reason)
+                return self._report(record, trained, "rejected", started, loss, updates, reason)
             counters.learned += 1
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
@@ -111,7 +119,8 @@ class Applier:
             new_one = [] if newest is None else [ring.get(newest)]
             if len(ring) > len(new_one):
                 updates.append((yield from self._rehearse(record, 1, waiting=False, but=new_one)))
-        return self._report(record, self._limited(new, record, 0), "learned", started, loss, updates, None)
+        trained = self._paced(self._limited(new, record, 0), record, 0)
+        return self._report(record, trained, "learned", started, loss, updates, None)
 
     def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
                 updates: list[Update], reason: str | None) -> SampleReport:
@@ -121,6 +130,7 @@ class Applier:
             record["cut"] + len(record["ids"]) - len(new.ids), (time.perf_counter() - started) * 1e3,
             sum(u.admitted for u in updates), sum(u.replaced for u in updates), reason,
             max(plans, key=lambda plan: plan.peak_bytes, default=None),
+            pace=updates[0].pace if updates else None,
         )
 
     def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
@@ -152,12 +162,23 @@ class Applier:
         return update
 
     def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
-        """One update; where memory runs out in every mode, another with less of the prompts."""
+        """One update within the time budget; where memory runs out in every mode, another with less of the prompts."""
         done = self.state.position.done
+        limited = [self._limited(one, record, done) for one in lessons]
+        if self._choice(record, done) is None:
+            choice = yield from self.pacer.choose(limited, self._bos)
+            if choice is not None:
+                # how fast this machine is, is no part of the state: the journal says what was done about it. An
+                # update that leaves out nothing needs no record, since none is left out where there is no budget
+                self.acknowledge([{"kind": "pace", "of": record["seq"], "done": done, **choice._asdict()}])
         while True:
+            choice = self._choice(record, done)
+            layers = None if choice is None else choice.layers
+            trained = [self._paced(self._limited(one, record, done), record, done) for one in lessons]
             try:
-                work = self.updater.run(expert, [self._limited(one, record, done) for one in lessons])
-                return (yield from activating(self.updater, expert, work))
+                work = activating(self.updater, expert, self.updater.run(expert, trained, layers))
+                update, pace = yield from self.pacer.timed(work, trained, choice)
+                return replace(update, pace=pace)
             except NoRoom as error:
                 tokens = error.tokens
             # how much memory there is, is no part of the state: the journal says what was done about it
@@ -166,7 +187,20 @@ class Applier:
     def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
         """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
         tokens = min((tokens for done, tokens in record.get("limits", ()) if done <= update), default=None)
-        return lesson.within(tokens, self.updater.attachment.model.config.get_text_config().bos_token_id)
+        return lesson.within(tokens, self._bos)
+
+    def _paced(self, lesson: Lesson, record: Record, update: int) -> Lesson:
+        """A lesson with what the record of kind "pace" leaves of its prompt to one update of this record."""
+        choice = self._choice(record, update)
+        return lesson if choice is None or lesson.refusal is not None else lesson.asking(choice.prompt, self._bos)
+
+    def _choice(self, record: Record, update: int) -> Choice | None:
+        return next((Choice(*choice) for done, *choice in record.get("paces", ()) if done == update), None)
+
+    @property
+    def _bos(self) -> int | None:
+        bos: int | None = self.updater.attachment.model.config.get_text_config().bos_token_id
+        return bos
 
     def _companions(self, count: int, expert: str) -> list[Slot]:
         """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
@@ -223,8 +257,8 @@ class Applier:
                 counters.quarantined += 1
                 self.folder.quarantine(record)
                 return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
-            case "shorten":
-                # it acts on the record that it names
+            case "shorten" | "pace":
+                # they act on the record that they name
                 pass
             case "expert":
                 self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])

@@ -25,6 +25,7 @@ import typer
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import ConfigError, OgpStreamError, StateError
 from ogpstream.learner.options import check_same, read_experts, read_settings, read_texts
+from ogpstream.learner.pace import check_budget
 from ogpstream.learner.terminal import LearnProgress, busy, learn_summary, log_to_stderr, status_table, tell
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ def learn(
     add_expert: Annotated[list[str] | None, typer.Option(
         metavar="NAME[:RANK]", help='Make this expert if the state lacks it, for lines with "expert": NAME; '
                                     "repeat for more.")] = None,
+    update_budget_ms: Annotated[float | None, typer.Option(
+        metavar="MS", help="Milliseconds for one update: longer ones leave out the left of prompts, then layers. What "
+                           "was left out is in the state, what the budget was is not.")] = None,
     strict: Annotated[bool, typer.Option(help="Exit with 1 when a line was rejected.")] = False,
     verbose: Annotated[bool, typer.Option(help="Also tell of each line that was cut or kept aside.")] = False,
     as_json: AsJson = False,
@@ -100,6 +104,7 @@ def learn(
     once they are mended.
     """
     log_to_stderr(verbose)
+    check_budget(update_budget_ms)
     given = read_settings(config, setting or [])
     meta = _meta(state)
     if meta is not None:
@@ -126,6 +131,7 @@ def learn(
             # one whose record a killed run has left in the journal is there by now
             if name not in learner.experts:
                 learner.add_expert(name, rank=rank)
+        learner.update_budget_ms = update_budget_ms
         shown = stack.enter_context(LearnProgress(samples))
         result = learn_file(learner, samples, on_progress=shown.update)
     _answer(dataclasses.asdict(result), as_json, learn_summary(result, state))

@@ -26,6 +26,8 @@ from ogpstream.learner.engine import Engine, EngineBusy
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.fence import Fence
 from ogpstream.learner.learner import StreamLearner
+from ogpstream.learner.pace import check_budget
+from ogpstream.learner.pacer import Stopwatch
 from ogpstream.learner.report import LoopStatus, SampleReport
 from ogpstream.learner.samples import Sample
 from ogpstream.learner.tickets import Tickets, promise
@@ -50,11 +52,13 @@ class IdleLoop:
         hold: seconds that an update which stands back keeps its activations; then it is aborted, and begun anew later.
             That of an impatient correction is kept, or it might never end.
         consolidate: rehearse where there is nothing new.
+        update_budget_ms: milliseconds that the units of one update may take, `update_budget_ms` of the learner until
+            `close`; None is without a bound.
         poll: seconds between two looks at an engine that is busy.
-        clock: seconds, monotonic.
+        clock: seconds, monotonic; units are timed by it too, but those on a CUDA device.
 
     Raises:
-        ConfigError: the duty cycle is out of range.
+        ConfigError: the duty cycle or the budget is out of range.
         StateError: another loop drives this learner.
     """
 
@@ -67,11 +71,16 @@ class IdleLoop:
         patience: float = 30.0,
         hold: float = 2.0,
         consolidate: bool = True,
+        update_budget_ms: float | None = 500,
         poll: float = 0.005,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._duty = DutyCycle(duty, clock)
+        budget = check_budget(update_budget_ms)
         self._desk = Desk(learner)
+        pacer = learner.queue.applier.pacer
+        self._before = pacer.budget_ms, pacer.watch
+        pacer.budget_ms, pacer.watch = budget, Stopwatch(learner.model.device, clock)
         self._learner, self._engine = learner, engine
         self._patience, self._hold, self._poll, self._clock = patience, hold, poll, clock
         self._fence = Fence(learner.model.device)
@@ -98,19 +107,19 @@ class IdleLoop:
 
         Returns:
             The report of its update. An error of its units comes there too; the sample stays pending and is tried
-            again. "skipped" if its id was brought before.
+            again. "skipped" if its id was brought before, "rejected" if a guard refused it before.
 
         Raises:
             SampleError: the sample is unusable.
             StateError: the journal cannot be written, or the loop is closed.
         """
         with self._desk.asking() as learner:
-            number = learner.accept(sample)
-            if number is None:
+            accepted = learner.accept(sample)
+            if isinstance(accepted, SampleReport):
                 future: Future[SampleReport] = promise()
-                future.set_result(SampleReport(sample.id, "skipped", learner.version))
+                future.set_result(accepted)
             else:
-                future = self._tickets.add(number, self._clock())
+                future = self._tickets.add(accepted, self._clock())
         self._wake.set()
         return future
 
@@ -168,6 +177,8 @@ class IdleLoop:
         # a tick in another thread ends first
         with self._ticking, self._desk.learning() as learner:
             self._drop()
+        pacer = learner.queue.applier.pacer
+        pacer.budget_ms, pacer.watch = self._before
         learner.queue.reserved_for = learner.queue.on_applied = None
         self._tickets.settle_all(StateError("the idle loop was closed: the sample is in the journal, and is learned "
                                             "when the state is loaded next"))

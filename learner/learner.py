@@ -155,6 +155,25 @@ class StreamLearner:
             self.attachment.detach()
             raise
 
+    # what users set
+
+    @property
+    def update_budget_ms(self) -> float | None:
+        """Milliseconds that the units of one update may take; None, as at the start, is without a bound.
+
+        An update that would take longer is made with less of the prompts, or of the top decoder layers alone; `pace`
+        in its report says of how many. The choice is journaled before it is made, so recovery repeats it, on whatever
+        machine; without a choice in the journal it makes whole updates.
+
+        Raises:
+            ConfigError: not above 0.
+        """
+        return self._applier.pacer.budget_ms
+
+    @update_budget_ms.setter
+    def update_budget_ms(self, budget: float | None) -> None:
+        self._applier.pacer.budget_ms = budget
+
     # what users read
 
     @property
@@ -306,7 +325,8 @@ class StreamLearner:
         if known is not None:
             self.queue.last_report = known
             return known
-        self.accept(sample)
+        if not self._waits(sample):
+            self.queue.acknowledge([self._record(sample, rehearsals=0)])
         report: Report = None
         while self.queue:
             done = yield from self.queue.apply_next()
@@ -314,20 +334,25 @@ class StreamLearner:
         assert isinstance(report, SampleReport)
         return report
 
-    def accept(self, sample: Sample) -> int | None:
+    def accept(self, sample: Sample) -> int | SampleReport:
         """Acknowledge a sample, which is learned by the next call of any learning method.
 
         Returns:
-            Its number in the journal, or None if its id was brought before, or a guard refused it before.
+            Its number in the journal; or what to tell of one that is not taken, because its id was brought before, or
+            a guard refused it before.
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
             StateError: the journal cannot be written.
         """
-        # one that an aborted step has left pending is not acknowledged twice
-        if self._known(sample) is not None or sample.id is not None and self.queue.holds(sample.id):
-            return None
-        return self.queue.acknowledge([self._record(sample, rehearsals=0)])
+        known = self._known(sample)
+        if known is None and self._waits(sample):
+            known = SampleReport(sample.id, "skipped", self.version)
+        if known is not None:
+            return known
+        number = self.queue.acknowledge([self._record(sample, rehearsals=0)])
+        assert number is not None
+        return number
 
     def accept_rehearsal(self, updates: int | None = None, *, limit: int | None = None) -> bool:
         """Acknowledge a rehearsal, which is done by the next call of any learning method.
@@ -585,6 +610,10 @@ class StreamLearner:
         if sample.digest in self.state.refused:
             return SampleReport(sample.id, "rejected", self.version, reason=_REFUSED_BEFORE)
         return None
+
+    def _waits(self, sample: Sample) -> bool:
+        """Whether an aborted step, or a loop that has not come to it, has left a sample of this id pending."""
+        return sample.id is not None and self.queue.holds(sample.id)
 
     def _check_new(self, name: str) -> None:
         if not EXPERT_NAME.fullmatch(name):

@@ -52,12 +52,14 @@ class Preflight:
         self._sites = sites
         self._config = config
 
-    def plan(self, tokens: int, rows: int) -> ActivationPlan:
+    def plan(self, tokens: int, rows: int, layers: int | None = None) -> ActivationPlan:
         """How to keep the activations of a sample of `tokens` ids, `rows` of them supervised.
+
+        Of all layers, or of the given number of top ones.
 
         The first policy that fits, in the order of time; the smallest one where none does.
         """
-        return choose(self._plans(tokens, rows), self.budget)
+        return choose(self._plans(tokens, rows, layers), self.budget)
 
     def smallest(self, tokens: int, rows: int) -> ActivationPlan:
         """The policy with the least peak."""
@@ -80,8 +82,8 @@ class Preflight:
                 high = middle - 1
         return low if low > rows else 0
 
-    def _plans(self, tokens: int, rows: int) -> list[ActivationPlan]:
-        return self.footprint.plans(tokens, rows, host=self._walk.model.device.type != "cpu")
+    def _plans(self, tokens: int, rows: int, layers: int | None = None) -> list[ActivationPlan]:
+        return self.footprint.plans(tokens, rows, host=self._walk.model.device.type != "cpu", layers=layers)
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -114,7 +116,7 @@ class Preflight:
                 plan = self._walk.plan(torch.zeros(1, tokens, dtype=torch.long, device=self._walk.model.device))
             fixed.append((tokens, meter.alive))
             # told apart at the longest: a sliding window has a mask only beyond its width
-            kinds = kinds or _kinds(plan)
+            kinds = kinds or layer_kinds(plan)
             for index in kinds:
                 layers.setdefault(index, []).append((tokens, *_layer(binding, served, plan.calls[index], plan.hidden)))
         costs = []
@@ -162,7 +164,7 @@ class _Nowhere(GradientSink):
         return None
 
 
-def _kinds(plan: Plan) -> dict[int, int]:
+def layer_kinds(plan: Plan) -> dict[int, int]:
     """The first layer of each kind, by index, with the number of its kind."""
     first: dict[str, int] = {}
     count: dict[int, int] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ogpstream.learner.staging import Piece, Staging
 from ogpstream.memory.basis import CHUNK
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
+from ogpstream.memory.pinned import host_copy, host_zeros
 
 
 @dataclass
@@ -41,13 +42,20 @@ class Proposer:
         self.staging, self.protection, self.config = staging, protection, config
         self._names = ("factors",) if config.optimizer == "sgd" else ("factors", "exp_avg", "exp_avg_sq")
 
-    def run(self, expert: Expert, gradients: Sequence[Tensor]) -> Generator[str, None, Proposal]:
+    def run(self, expert: Expert, gradients: Sequence[Tensor], sites: Collection[int] | None = None
+            ) -> Generator[str, None, Proposal]:
         """One step on the sum of some sinks' slabs, at least one, which may be changed.
+
+        Args:
+            sites: those that are trained; None is all. Masters and moments of the others stay bit for bit, as those of
+                parameters without a gradient do in torch's optimizers. The number of the step, which Adam's bias
+                correction goes by, is the expert's: a site that is trained for the first time in a late update makes
+                steps of up to 2.1 times the usual size, in the first 20 of its own.
 
         Yields:
             "gradient", "optimizer" and "projection", each once for every piece.
         """
-        pieces, staging = self.staging.pieces(expert.layout), self.staging
+        pieces, staging = self.staging.pieces(expert.layout, sites), self.staging
         totals, squares, use = [], [], Use()
         for piece in pieces:
             total = staging.total(piece, gradients)
@@ -61,7 +69,7 @@ class Proposer:
             yield "gradient"
         eps = self._eps(pieces, squares)
         # here the device has been waited for, where there are pieces: their masks are there too
-        proposal, finite = Proposal(self.protection.used(use)), []
+        proposal, finite = Proposal(self.protection.used(use), self._untouched(expert, sites)), []
         for piece, total, own in zip(pieces, totals, eps, strict=True):
             flats = {name: staging.take(expert, name, piece) for name in self._names}
             self._step(expert, piece, flats, total.to(staging.device, non_blocking=True), own)
@@ -72,7 +80,7 @@ class Proposer:
             finite.append(flats["factors"].isfinite().all())
             for name in self._names:
                 proposal.slabs[name] = staging.keep(piece, flats[name], proposal.slabs.get(name))
-            if len(pieces) == 1:
+            if len(pieces) == 1 and sites is None:
                 proposal.flats = flats
             del flats
             yield "projection"
@@ -103,6 +111,14 @@ class Proposer:
             for count in range(CHUNK, len(basis.rows()) + 1, CHUNK):
                 for rows in self.staging.rows(basis, count, block):
                     dispatch.project_out_(block, rows, chunk=len(rows))
+
+    def _untouched(self, expert: Expert, sites: Collection[int] | None) -> dict[str, Tensor]:
+        """Slabs into which a step on some of the sites is written: what the others have is there already."""
+        if sites is None:
+            return {}
+        slabs = {name: getattr(expert, name) for name in self._names}
+        return {name: host_zeros(expert.layout.numel, dtype=expert.factors.dtype) if slab is None else host_copy(slab)
+                for name, slab in slabs.items()}
 
     def _step(self, expert: Expert, piece: Piece, flats: dict[str, Tensor], gradient: Tensor,
               eps: tuple[float, float]) -> None:

@@ -20,6 +20,9 @@ from ogpstream.learner.report import SampleReport
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
 
+# kinds of records about how another one is applied: journaled after it, and before what they say is done
+_ABOUT = ("shorten", "pace")
+
 
 class RecordQueue:
     """The pending records of a learner and the `Applier` that they go to.
@@ -81,10 +84,15 @@ class RecordQueue:
         """Queue records that the journal has."""
         for record in records:
             self._records.append(record)
-            if record["kind"] == "shorten":
-                for other in self._records:
-                    if other["seq"] == record["of"]:
-                        other.setdefault("limits", []).append([record["done"], record["tokens"]])
+            if record["kind"] not in _ABOUT:
+                continue
+            for other in self._records:
+                if other["seq"] != record["of"]:
+                    continue
+                if record["kind"] == "shorten":
+                    other.setdefault("limits", []).append([record["done"], record["tokens"]])
+                else:
+                    other.setdefault("paces", []).append([record["done"], record["prompt"], record["layers"]])
 
     def apply_next(self) -> Generator[str, None, Report]:
         """Apply the oldest record as a generator that stops after every unit of work.
@@ -98,7 +106,7 @@ class RecordQueue:
         before = applier.updater.out_of_memory
         report = yield from applier.apply(self._records[0])
         record = self._records.popleft()
-        while self._records and self._records[0]["kind"] == "shorten":
+        while self._records and self._records[0]["kind"] in _ABOUT:
             yield from applier.apply(self._records.popleft())
         if isinstance(report, SampleReport):
             report = replace(report, out_of_memory=applier.updater.out_of_memory - before)

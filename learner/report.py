@@ -11,6 +11,27 @@ Status = Literal["learned", "rejected", "quarantined", "skipped"]
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How one update was fitted to its time budget.
+
+    Attributes:
+        limited: something was left out.
+        tokens: T, ids of the longest sample in it, as it was cut.
+        layers: that were trained, from the top; of `depth`.
+        predicted_ms, actual_ms: of its units, pauses not counted.
+        budget_ms: under `predicted_ms` where not even the least update fits.
+    """
+
+    limited: bool
+    tokens: int
+    layers: int
+    depth: int
+    predicted_ms: float
+    actual_ms: float
+    budget_ms: float
+
+
+@dataclass(frozen=True)
 class Update:
     """One optimizer step on one or more samples.
 
@@ -24,6 +45,7 @@ class Update:
         pruned: directions that left because a basis was saturated.
         activations: how the sample that needed most kept its activations, and the predicted peak; None where no
             gradient was taken.
+        pace: where there is a time budget.
     """
 
     losses: tuple[float, ...]
@@ -34,6 +56,7 @@ class Update:
     replaced: int = 0
     pruned: int = 0
     activations: ActivationPlan | None = None
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +68,14 @@ class SampleReport:
             or "skipped" (its id was brought before).
         loss: nats per supervised token before the update.
         tokens: ids of prompt and completion.
-        cut: ids taken from the left of the prompt to fit the model, the memory budget and the memory.
+        cut: ids taken from the left of the prompt to fit the model, the memory budget, the memory and the time budget.
+            What was cut for the last one alone stays in the ring, for a rehearsal that has the time.
         milliseconds: wall time of all that this sample caused, replay and rehearsal included.
         version: of the adapters served afterwards.
         activations: how activations were kept in the update that needed most of them, and the predicted peak.
         out_of_memory: times that the device had no memory left and the work was done again in a smaller mode.
         reason: of a rejection or quarantine.
+        pace: of the update that it was new in, where there is a time budget.
     """
 
     id: str | None
@@ -65,6 +90,7 @@ class SampleReport:
     reason: str | None = None
     activations: ActivationPlan | None = None
     out_of_memory: int = 0
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)

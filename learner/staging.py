@@ -105,9 +105,13 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def pieces(self, layout: Layout) -> tuple[Piece, ...]:
-        """The pieces that one step goes through, one after the other."""
-        return (Piece(layout, range(len(layout.sites)), 0),)
+    def pieces(self, layout: Layout, sites: Collection[int] | None = None) -> tuple[Piece, ...]:
+        """The pieces that one step goes through, one after the other.
+
+        Args:
+            sites: those that take part in the step; None is all. Linears of one input take part together.
+        """
+        return (Piece(layout, range(len(layout.sites)) if sites is None else sorted(sites), 0),)
 
     def sink(self, expert: Expert) -> GradientSink:
         """A place for the gradient of one sample."""
@@ -115,7 +119,10 @@ class Staging:
 
     def total(self, piece: Piece, gradients: Sequence[Tensor]) -> Tensor:
         """The sum of one piece of several slabs of sinks on the device, to be changed in place."""
-        return sum(gradients[1:], start=gradients[0].clone())
+        total = piece.load(gradients[0], self.device)
+        for gradient in gradients[1:]:
+            total += gradient if piece.layout is piece.whole else piece.load(gradient, self.device)
+        return total
 
     def aside(self, total: Tensor) -> Tensor:
         """Where such a sum waits for its step."""
@@ -134,7 +141,10 @@ class Staging:
 
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
         """Write a changed piece into a slab in host RAM; into a new one where there is none yet. Returns the slab."""
-        return flat
+        if slab is None:
+            return flat
+        piece.save(flat, slab)
+        return slab
 
     def committed(self, expert: Expert, flats: Mapping[str, Tensor], active: Collection[str]) -> None:
         """The whole slabs that `keep` was given are the expert's now, of those that are active."""
@@ -156,13 +166,14 @@ class Lean(Staging):
         super().__init__(device)
         self._alone = alone
 
-    def pieces(self, layout: Layout) -> tuple[Piece, ...]:
+    def pieces(self, layout: Layout, sites: Collection[int] | None = None) -> tuple[Piece, ...]:
         found: list[Piece] = []
         for key in layout.bases:
             members = layout.members(key)
-            for sites in [[one] for one in members] if self._alone else [members]:
-                found.append(Piece(layout, sites, found[-1].span.stop if found else 0))
-        return tuple(found)
+            for own in [[one] for one in members] if self._alone else [members]:
+                found.append(Piece(layout, own, found[-1].span.stop if found else 0))
+        # where a piece begins is where the sinks have it
+        return tuple(piece for piece in found if sites is None or not set(piece.sites).isdisjoint(sites))
 
     def sink(self, expert: Expert) -> GradientSink:
         return PieceSink(expert, self.pieces(expert.layout))
@@ -205,18 +216,20 @@ class Resident(Staging):
     def take(self, expert: Expert, name: str, piece: Piece) -> Tensor:
         # given away: an update that is dropped leaves no copy, and the next one brings the host's again
         source, copy = self._slabs.pop((expert.name, name), (None, None))
-        if copy is not None and source is getattr(expert, name):
+        if copy is not None and source is getattr(expert, name) and piece.layout is piece.whole:
             return copy
         return super().take(expert, name, piece)
 
     def total(self, piece: Piece, gradients: Sequence[Tensor]) -> Tensor:
+        if piece.layout is not piece.whole:
+            return super().total(piece, gradients)
         # nobody reads them again, and one more is 4 MiB at 32 linears of width 2048
         for gradient in gradients[1:]:
             gradients[0].add_(gradient)
         return gradients[0]
 
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
-        return host_copy(flat)
+        return host_copy(flat) if slab is None else super().keep(piece, flat, slab)
 
     def committed(self, expert: Expert, flats: Mapping[str, Tensor], active: Collection[str]) -> None:
         for name, flat in flats.items():

@@ -42,6 +42,7 @@ def sample_gradients(
     *,
     chunk: int,
     activations: ActivationPlan,
+    layers: int | None = None,
 ) -> Generator[str, None, list[Reading]]:
     """Add dA and dB of each sample to its sink.
 
@@ -53,6 +54,8 @@ def sample_gradients(
         samples: ids of prompt and completion, and the prompt's length, at least 1; the completion is supervised.
         chunk: supervised rows whose logits exist at once.
         activations: what is kept and what is computed again; the gradient is the same, bit for bit.
+        layers: how many of the top decoder layers are trained, at least 1; None is all. Those below run without a
+            graph, and the backward ends where they begin.
 
     Yields:
         The name of the unit that was just done.
@@ -72,8 +75,13 @@ def sample_gradients(
             return run_layer(call, entry)
 
     hidden, trail = plan.hidden, Trail(activations, run)
-    for call in plan.calls:
-        hidden = trail.forward(call, hidden)
+    left = len(plan.calls) if layers is None else layers
+    for below, call in enumerate(plan.calls, left - len(plan.calls)):
+        if below < 0:
+            with torch.no_grad(), binding.using(served):
+                hidden = run_layer(call, hidden)
+        else:
+            hidden = trail.forward(call, hidden)
         yield "forward"
 
     gradient = torch.zeros_like(hidden)
@@ -89,7 +97,6 @@ def sample_gradients(
             yield "loss"
         seen.append(counts)
 
-    left = len(plan.calls)
     del hidden, part
     while left:
         entry, exit_ = yield from trail.back()

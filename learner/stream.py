@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ogpstream.learner.learner import StreamLearner
-from ogpstream.learner.report import SampleReport
+from ogpstream.learner.report import Pace, SampleReport
 from ogpstream.learner.samples import Refused, Sample, read_samples
 
 # losses at either end of the stream that `loss_first` and `loss_last` are means of
@@ -43,6 +43,9 @@ class StreamResult:
         learned_in_all: samples that the state has learned, earlier runs included, less what a rollback undid.
         rss_peak_mb: peak resident memory of the process, MiB.
         version: of the adapters at the end.
+        choice: where there is a time budget: samples whose update it `limited`, the least tokens and trained layers of
+            one (`tokens_min`, `layers_min`, of `depth`), and by `predicted_ms_p50`, `actual_ms_p50` and `actual_ms_p95`
+            the time of their units, replayed samples not included.
         problems: the first 20 refusals, "FILE:LINE: what; remedy".
     """
 
@@ -60,6 +63,7 @@ class StreamResult:
     rss_peak_mb: float = 0.0
     version: int = 0
     state_sha256: str = ""
+    choice: dict[str, float | None] | None = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -102,6 +106,10 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
     learner.consolidate()
     learner.save_state()
     result.update_ms_p50, result.update_ms_p95 = tally.times.quantile(0.5), tally.times.quantile(0.95)
+    if result.choice is not None:
+        names = {"predicted_ms_p50": (tally.predicted, 0.5), "actual_ms_p50": (tally.actual, 0.5),
+                 "actual_ms_p95": (tally.actual, 0.95)}
+        result.choice |= {name: times.quantile(share) for name, (times, share) in names.items()}
     result.loss_first, result.loss_last = _mean(tally.first), _mean(tally.last)
     result.rss_peak_mb, result.version = _rss_peak_mb(), learner.version
     result.learned_in_all = learner.state.counters.learned
@@ -150,7 +158,7 @@ class _Tally:
     """What of a stream's reports the final figures need: bounded, however long the stream."""
 
     def __init__(self) -> None:
-        self.times = Histogram()
+        self.times, self.predicted, self.actual = Histogram(), Histogram(), Histogram()
         self.first: list[float] = []
         self.last: deque[float] = deque(maxlen=ENDS)
 
@@ -169,6 +177,7 @@ def _count(result: StreamResult, tally: _Tally, report: SampleReport, where: str
         case "learned":
             result.learned += 1
             tally.learned(report)
+            _choice(result, tally, report.pace)
         case "rejected":
             result.rejected += 1
             problem = _problem(report, where)
@@ -183,6 +192,17 @@ def _count(result: StreamResult, tally: _Tally, report: SampleReport, where: str
     if report.cut:
         result.cut += 1
         _log.info("%s: too long: %d ids were cut from the left of the prompt", where, report.cut)
+
+
+def _choice(result: StreamResult, tally: _Tally, pace: Pace | None) -> None:
+    if pace is None:
+        return
+    tally.predicted.add(pace.predicted_ms)
+    tally.actual.add(pace.actual_ms)
+    before = result.choice or {"limited": 0, "tokens_min": pace.tokens, "layers_min": pace.layers}
+    result.choice = {"limited": (before["limited"] or 0) + pace.limited,
+                     "tokens_min": min(before["tokens_min"] or pace.tokens, pace.tokens),
+                     "layers_min": min(before["layers_min"] or pace.layers, pace.layers), "depth": pace.depth}
 
 
 def _problem(report: SampleReport, where: str) -> str:

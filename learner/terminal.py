@@ -82,6 +82,10 @@ def learn_summary(result: StreamResult, state: Path) -> str:
     lines = ["; ".join(parts)]
     if result.update_ms_p50 is not None:
         lines.append(f"{result.update_ms_p50:.1f} ms a sample (median; 95 %: {result.update_ms_p95:.1f})")
+    if result.choice is not None:
+        told = result.choice
+        lines.append(f"{told['limited']} updates were fitted to the time budget, the least with {told['tokens_min']} "
+                     f"tokens and the top {told['layers_min']} of {told['depth']} layers")
     if result.loss_first is not None:
         lines.append(f"loss before the update {result.loss_first:.3f} at first, {result.loss_last:.3f} at last, "
                      "nats a token")

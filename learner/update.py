@@ -10,9 +10,10 @@ import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.config import LearnerConfig
@@ -59,6 +60,10 @@ class Lesson:
         """Supervised ids."""
         return len(self.ids) - self.prompt_length
 
+    def asking(self, prompt: int, first: int | None) -> Lesson:
+        """The lesson with at most `prompt` ids of its prompt, at least 1, cut as `within` does."""
+        return self.within(self.rows + prompt, first)
+
     def within(self, tokens: int | None, first: int | None) -> Lesson:
         """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
 
@@ -100,12 +105,16 @@ class Updater:
         self.out_of_memory = 0
         self._vocabulary = attachment.model.config.get_text_config().vocab_size
 
-    def run(self, name: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
+    def run(self, name: str, lessons: Sequence[Lesson], layers: int | None = None) -> Generator[str, None, Update]:
         """One optimizer step of one expert on the sum of the lessons' gradients.
 
         A lesson whose loss is settled adds nothing to the sum; with none left there is no step. Every lesson that
         counts as learned offers its directions to P. Where the device has no memory left, all is dropped and done
         again with activations kept in a smaller way, which gives the same bits.
+
+        Args:
+            layers: how many of the top decoder layers are trained, at least 1; None is all. Of the linears below
+                nothing changes: no master, no moment, and no direction joins the P of their inputs.
 
         Yields:
             The name of each unit that was done.
@@ -114,12 +123,13 @@ class Updater:
             NoRoom: there is no smaller way. Nothing has changed.
         """
         expert = self.store.expert(name)
+        layers = None if layers is None or layers >= self.depth else layers
         while True:
             usable = [lesson for lesson in lessons if lesson.refusal is None]
-            plans = list(map(self._plan, self._groups(usable)))
+            plans = [plan for _, _, plan in self.plans(usable, layers)]
             most = max(plans, key=_peak, default=None)
             try:
-                trial = yield from self._try(expert, lessons, iter(plans))
+                trial = yield from self._try(expert, lessons, iter(plans), layers)
                 break
             except torch.OutOfMemoryError:
                 # without a gradient there is nothing to make smaller; and what was computed is held by the exception,
@@ -127,7 +137,7 @@ class Updater:
                 if most is None:
                     raise
             assert most is not None
-            self._make_room(usable, most)
+            self._make_room(usable, most, layers)
         losses = tuple(reading.loss for reading in trial.readings)
         proposal = trial.proposal
         if trial.refusal is not None:
@@ -152,10 +162,10 @@ class Updater:
         return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)
 
-    def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan]
+    def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan], layers: int | None
              ) -> Generator[str, None, _Trial]:
         """Everything of an update that changes nothing."""
-        config = self.config
+        config, sites = self.config, None if layers is None else self.sites_of(layers)
         readings: list[Reading] = []
         gradients: list[Tensor] = []
         usable = [lesson for lesson in lessons if lesson.refusal is None]
@@ -164,7 +174,7 @@ class Updater:
             sinks = [self.staging.sink(expert) for _ in group]
             samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
             known = yield from sample_gradients(self.walk, self.attachment.binding, sinks, samples,
-                                                chunk=config.loss_chunk, activations=plan)
+                                                chunk=config.loss_chunk, activations=plan, layers=layers)
             found += zip(known, (sink.slab for sink in sinks), strict=True)
         results = iter(found)
         for lesson in lessons:
@@ -187,7 +197,7 @@ class Updater:
                    for gradient, counts in zip(gradients, learned, strict=True) if counts]
         proposal = None
         if refusal is None and moving:
-            proposal = yield from self.proposer.run(expert, moving)
+            proposal = yield from self.proposer.run(expert, moving, sites)
             if not proposal.finite:
                 refusal = "the update is not finite"
         room = None
@@ -200,19 +210,42 @@ class Updater:
         most = max(expert.rank for expert in self._active())
         return self.store.reserve(growth=folds * most, cap=self.config.held_rank)
 
-    def _plan(self, group: Sequence[Lesson]) -> ActivationPlan:
-        # attention's square term is that of one long sample, which is more than that of several short ones
-        tokens = len(group) * max(len(lesson.ids) for lesson in group)
-        return self.preflight.plan(tokens, max(lesson.rows for lesson in group))
+    def sites_of(self, layers: int) -> frozenset[int]:
+        """Numbers of the adapted linears that are trained with so many of the top decoder layers.
 
-    def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan) -> None:
+        All but those of the layers below alone: a layer that the model calls twice belongs to both places.
+        """
+        calls = self._layers
+        above, below = ({id(module) for layer in part for module in layer.modules()}
+                        for part in (calls[len(calls) - layers :], calls[: len(calls) - layers]))
+        return frozenset(site.index for site in self.attachment.sites if id(site.module) not in below - above)
+
+    @property
+    def depth(self) -> int:
+        """Decoder layers in the order of their calls."""
+        return len(self._layers)
+
+    @cached_property
+    def _layers(self) -> list[nn.Module]:
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.attachment.model.device)
+        return [call.layer for call in self.walk.plan(one).calls]
+
+    def plans(self, lessons: Sequence[Lesson], layers: int | None
+              ) -> Iterator[tuple[list[Lesson], int, ActivationPlan]]:
+        """The lessons that share a forward, its tokens with the padding, and how its activations are kept."""
+        for group in self._groups(lessons):
+            # attention's square term is that of one long sample, which is more than that of several short ones
+            tokens = len(group) * max(len(lesson.ids) for lesson in group)
+            yield group, tokens, self.preflight.plan(tokens, max(lesson.rows for lesson in group), layers)
+
+    def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan, layers: int | None) -> None:
         """After memory ran out: give all of it back, and go on with smaller plans than the largest one was."""
         self.out_of_memory += 1
         if self.attachment.model.device.type == "cuda":
             torch.cuda.empty_cache()
         self.preflight.lower(most)
         longest = max(lessons, key=lambda lesson: len(lesson.ids))
-        now = max(map(self._plan, self._groups(lessons)), key=_peak)
+        now = max((plan for _, _, plan in self.plans(lessons, layers)), key=_peak)
         smaller = now.peak_bytes < most.peak_bytes
         _log.warning("out of memory with %d tokens and activations kept by %r (%d bytes predicted): the update is done "
                      "again %s", len(longest.ids), str(most), most.peak_bytes,

@@ -91,6 +91,19 @@ def test_learn_answers_in_one_json_line_and_status_tells_the_same_state(place, r
     assert (code, err) == (0, []) and out[0] == "learned 0 of 6 samples now, 6 in all; 6 skipped as known"
 
 
+def test_a_time_budget_is_told_and_is_no_setting_of_the_state(place, run, tmp_path):
+    first = learn(tmp_path, "--update-budget-ms", "0.001", model=place / "model", samples=place / "s.jsonl")
+    code, out, err = run(*first, "--json")
+    assert code == 0 and len(err) == 1 and "fits in no way into 0.001 ms" in err[0]
+    choice = json.loads(out[0])["choice"]
+    assert (choice["limited"], choice["layers_min"], choice["depth"]) == (6, 1, 1)
+    assert 2 <= choice["tokens_min"] and 0 < choice["actual_ms_p50"] <= choice["actual_ms_p95"]
+    code, out, err = run(*learn(tmp_path, "--json", model=place / "model", samples=place / "s.jsonl"))
+    assert (code, err, json.loads(out[0])["choice"]) == (0, [], None)
+    code, out, err = run(*first[:-1], "0")
+    assert code == 2 and "update_budget_ms is 0" in err[0]
+
+
 def test_status_equals_the_loaded_learners(place, run, tiny_tokenizer):
     code, out, _ = run("status", "--state", place / "state", "--json")
     model = AutoModelForCausalLM.from_pretrained(place / "model")

@@ -39,6 +39,8 @@ LAYER = {"q": "q", "k": "q", "o": "o", "down": "down"}
 SHARED = {"q": "d24", "k": "d24", "o": "d24", "down": "d37"}
 EXPERTS = {"default": 3, "narrow": 1, "other": 4}
 # what a gradient stands for: its seed chooses the input directions, so that a seed that comes back brings them back
+# the linears of the top layers, by the number of these
+TOP = {1: {"down"}, 2: {"o", "down"}}
 LOSSES = {"new": 1.5, "learned": 0.3, "settled": 0.01}
 
 
@@ -49,7 +51,7 @@ def bare(tiny_model: TinyModel) -> tf.PreTrainedModel:
 
 def _random_gradients(
     walk: object, binding: Binding, sinks: Sequence[GradientSink], samples: Sequence[tuple[Sequence[int], int]],
-    **_: object,
+    layers: int | None = None, **_: object,
 ) -> Generator[str, None, list[Reading]]:
     """Stands for `sample_gradients`: dA and dB of a made-up sample `ids` = (seed, index of its loss)."""
     (sink,), (((seed, loss), _),) = sinks, samples
@@ -62,6 +64,10 @@ def _random_gradients(
     a = sink.layout.a_numel
     sink.slab[a:] = torch.randn(len(sink.slab) - a, generator=noise)
     sink.slab *= 0.1
+    for index, site in enumerate(sink.layout.sites if layers else ()):
+        if site.name not in TOP[layers or 0]:
+            sink.layout.a(sink.slab, index).zero_()
+            sink.layout.b(sink.slab, index).zero_()
     yield "gradient"
     return [Reading(list(LOSSES.values())[loss], certain=1.0)]
 
@@ -104,11 +110,14 @@ class Bench:
                                   ReplayRing(4, 8, vocab_size=101), SeenIds(), SeenIds(), Counters(), Position())
         attachment: Any = SimpleNamespace(model=self.model, binding=Binding())
         self.updater = Updater(attachment, self.store, self.protection, self.config)
+        self.updater._layers = [torch.nn.Identity()] * 3
+        self.updater.sites_of = lambda layers: frozenset(  # type: ignore[method-assign]
+            index for index, site in enumerate(self.sites) if site.name in TOP[layers])
         self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {}, lambda records: None)
 
-    def learn(self, name: str, seed: int, kind: str = "learned") -> update.Update:
+    def learn(self, name: str, seed: int, kind: str = "learned", layers: int | None = None) -> update.Update:
         lesson = Lesson((seed, list(LOSSES).index(kind)), 1, again=True)
-        work = activating(self.updater, name, self.updater.run(name, [lesson]))
+        work = activating(self.updater, name, self.updater.run(name, [lesson], layers))
         while True:
             try:
                 next(work)
@@ -184,7 +193,7 @@ names = st.sampled_from(list(EXPERTS))
 events = st.lists(
     st.one_of(
         st.tuples(st.just("learn"), names, st.integers(0, 7), st.sampled_from(list(LOSSES))),
-        st.tuples(st.just("learn"), names, st.integers(0, 7), st.just("learned")),
+        st.tuples(st.just("learn"), names, st.integers(0, 7), st.just("learned"), st.sampled_from([None, *TOP])),
         st.tuples(st.just("serve"), names, names),
         st.tuples(st.just("prune"), st.integers(0, 4)),
         st.tuples(st.just("reload")),
@@ -225,6 +234,7 @@ def _long_story() -> list[tuple[Any, ...]]:
         # "narrow" is away while these come back
         story += [("learn", "default", seed) for seed in (5, 6, 7)]
         story += [("reload",), ("learn", "narrow", 3, "new"), ("learn", "default", turn, "settled")]
+        story += [("learn", "default", seed, "learned", layers) for seed in (2, 6) for layers in TOP]
         story += [("learn", "narrow", seed, kind) for seed in (0, 4) for kind in ("new", "learned")]
     return story
 

@@ -340,6 +340,22 @@ def test_an_id_is_learned_once_however_often_it_is_brought(make: MakeLearner) ->
     assert learner.state.counters.learned == 2
 
 
+def test_what_a_guard_refused_before_is_rejected_as_everywhere(
+    make: MakeLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make()
+    loop = IdleLoop(learner, Engine(), consolidate=False, clock=Clock())
+    with monkeypatch.context() as patch:
+        patch.setattr(learner._updater, "_vocabulary", 1.0001)
+        first = loop.submit(_sample(0, id="a"))
+        _finish(loop)
+        assert first.result(timeout=0).status == "rejected"
+    again = loop.submit(_sample(0, id="a")).result(timeout=0)
+    loop.close()
+    assert [again] == learner.learn_batch([_sample(0, id="a")])
+    assert again.status == "rejected" and "a guard refused it before" in str(again.reason)
+
+
 # errors
 
 

@@ -449,10 +449,24 @@ def test_what_a_guard_refused_is_learned_once_it_is_another(
     # nothing that a later state might see differently is tried again: a killed run would do it once more often
     for report in (*learner.learn_batch([bad]), learner.learn_one(bad)):
         assert report.status == "rejected" and "a guard refused it before" in str(report.reason)
-    assert (learner.accept(bad), learner.state_sha256()) == (None, before)
+    told = learner.accept(bad)
+    assert isinstance(told, SampleReport) and told == report
+    assert learner.state_sha256() == before
     assert learner.learn_one(mended).status == "learned"
     assert [learner.learn_one(sample).status for sample in (mended, bad)] == ["skipped", "skipped"]
     assert learner.state.counters.rejected == 1
+
+
+def test_a_step_looks_a_sample_up_once(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, known, asked = make(), StreamLearner._known, []
+
+    def count(self: StreamLearner, sample: Sample) -> SampleReport | None:
+        asked.append(sample.id)
+        return known(self, sample)
+
+    monkeypatch.setattr(StreamLearner, "_known", count)
+    assert [learner.learn_one(_sample(0, id="a")).status for _ in range(2)] == ["learned", "skipped"]
+    assert asked == ["a", "a"]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 50.0])

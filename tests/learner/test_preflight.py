@@ -39,11 +39,11 @@ class Bench:
         self.walk.check(torch.tensor([[5, 6]]))
         self.preflight = Preflight(self.walk, self.attachment.binding, self.store.sites, config)
 
-    def peak(self, tokens: int, rows: int, plan: ActivationPlan) -> int:
+    def peak(self, tokens: int, rows: int, plan: ActivationPlan, layers: int | None = None) -> int:
         ids = torch.randint(4, 101, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
         sink = GradientSink(self.store.expert("default").layout, "default")
         work = sample_gradients(self.walk, self.attachment.binding, [sink], [(ids, tokens - rows)],
-                                chunk=CONFIG.loss_chunk, activations=plan)
+                                chunk=CONFIG.loss_chunk, activations=plan, layers=layers)
         meter = Meter()
         with meter:
             for _ in work:
@@ -64,6 +64,17 @@ def test_the_predicted_peak_is_the_counted_one(
             host = (LAYERS - 1) * tokens * bench.preflight.footprint.hidden if plan.policy == "offload" else 0
             counted = bench.peak(tokens, rows, plan) - host
             assert plan.peak_bytes == pytest.approx(counted, rel=3e-3), f"{plan} at {tokens}"
+
+
+def test_fewer_trained_layers_need_less(tiny_model: TinyModel) -> None:
+    bench = Bench(tiny_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=POSITIONS))
+    before: dict[str, int] = {}
+    for layers in (1, 2, 4, LAYERS):
+        for plan in bench.preflight.footprint.plans(300, 40, host=False, layers=layers):
+            assert plan.peak_bytes == pytest.approx(bench.peak(300, 40, plan, layers), rel=3e-3), f"{plan} of {layers}"
+            # a first layer's input is one of the embeddings, which are there anyway
+            assert plan.peak_bytes > before.get(str(plan), 0) or layers == LAYERS
+            before[str(plan)] = plan.peak_bytes
 
 
 def test_where_attention_is_square_the_prediction_holds_to_six_percent(tiny_model: TinyModel) -> None:

@@ -1,6 +1,7 @@
 """Lean and resident learning state: the arithmetic of the host on copies elsewhere, dropped where an update is."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import transformers as tf
 from torch import Tensor
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, staging, update
+from ogpstream.learner.learner import _exhaust
 from ogpstream.learner.staging import Lean, Piece, PieceSink, Resident, Staging, in_pieces
+from ogpstream.learner.update import Lesson
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.layout import Layout, SiteShape
@@ -33,7 +36,7 @@ class _ResidentElsewhere(Resident):
     """Takes the host for another memory: what it keeps is kept as copies."""
 
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
-        return flat.clone()
+        return flat.clone() if slab is None else super().keep(piece, flat, slab)
 
     def gathered(self, layout: Layout, gradient: Tensor) -> Tensor:
         return gradient.clone()
@@ -116,6 +119,54 @@ def test_lean_makes_the_host_s_update_up_to_rounding(
         assert float((getattr(ours, slab) - expected).norm()) <= 1e-5 * float(expected.norm()), slab
     uses = [[basis.use_counts().tolist() for basis in one.state.protection.bases.values()] for one in (host, other)]
     assert uses[0] == uses[1]
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_update_of_the_top_layer_leaves_the_others_bit_for_bit(
+    tiny_model: TinyModel, in_threes: None, optimizer: str, scope: str, mode: str | None
+) -> None:
+    """Also what a resident mode keeps elsewhere: whole updates before and after it have the bits of the host's."""
+    own: dict[str, Any] = dict(optimizer=optimizer, basis_scope=scope, lr=0.02 if optimizer == "adam" else 0.5)
+    learner, host = (_learner(tiny_model, None, **own) for _ in range(2))
+    lesson = Lesson([*range(20, 32)], 5, again=True)
+    before = []
+    for one in (learner, host):
+        one.learn_batch([_sample(seed) for seed in range(6)])
+        if one is learner and mode is not None:
+            made, updater = MODES[mode](scope == "shared"), one._updater
+            updater.staging = updater.proposer.staging = one.state.protection.staging = made
+        if mode != "lean":
+            # a resident mode keeps this one's slabs
+            one.learn_batch([_sample(7)])
+        expert = one.state.store.expert("default")
+        before.append({name: getattr(expert, name) for name in ("factors", "exp_avg", "exp_avg_sq")})
+        counts = {key: basis.use_counts().tolist() for key, basis in one.state.protection.bases.items()}
+        versions = {key: basis.version for key, basis in one.state.protection.bases.items()}
+        top = one._updater.sites_of(1)
+        # what is folded in a P that all layers share moves what the others hold, and what they hold alone
+        one.state.protection.config = replace(one.config, directions_per_sample=int(scope == "layer"))
+        report = _exhaust(one._updater.run("default", [lesson], 1))
+        assert report.learned == (True,) and (report.admitted > 0) == (scope == "layer")
+    sites, layout = learner.attachment.sites, expert.layout
+    for name, was in before[0].items():
+        now, theirs = (getattr(one.state.store.expert("default"), name) for one in (learner, host))
+        assert (was is None) == (now is None) == (optimizer == "sgd" and name != "factors")
+        for site in range(len(sites)) if now is not None else ():
+            for part in (layout.a, layout.b):
+                assert torch.equal(part(was, site), part(now, site)) == (site not in top), (name, sites[site].name)
+                # a lean mode differs by rounding
+                torch.testing.assert_close(part(now, site), part(theirs, site), rtol=1e-3, atol=1e-5)
+    for key, basis in host.state.protection.bases.items():
+        below = {sites[site].shape.basis for site in range(len(sites)) if site not in top}
+        if key in below and scope == "layer":
+            assert (basis.version, basis.use_counts().tolist()) == (versions[key], counts[key])
+    if mode != "lean":
+        for one in (learner, host):
+            one.state.protection.config = one.config
+            one.learn_batch([_sample(9)])
+        assert learner.state_sha256() == host.state_sha256()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,7 +1,8 @@
 """Gradients of an update against autograd's on a bare copy of the model, and updates that are dropped half-way."""
 
 import copy
-from collections.abc import Callable, Generator
+import re
+from collections.abc import Callable, Collection, Generator
 from typing import Any, TypeVar
 
 import pytest
@@ -20,6 +21,7 @@ from ogpstream.learner.update import Lesson, Updater
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
+from ogpstream.memory.layout import Layout
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 T = TypeVar("T")
@@ -130,6 +132,56 @@ def test_gradients_and_loss_of_a_sample(tiny_model: TinyModel, family: str) -> N
             slabs.append(sink.slab)
         assert all(torch.equal(slab, slabs[0]) for slab in slabs)
     assert attachment.binding.sinks == ()
+
+
+def _of_sites(layout: Layout, sites: Collection[int]) -> Tensor:
+    """Mask of the elements of a slab that belong to these sites."""
+    mask = torch.zeros(layout.numel, dtype=torch.bool)
+    for site in sites:
+        layout.a(mask, site).fill_(True)
+        layout.b(mask, site).fill_(True)
+    return mask
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gemma2", "gpt2"])
+def test_gradients_of_the_top_layers_alone(tiny_model: TinyModel, family: str) -> None:
+    """Autograd's for the linears of these layers, under every policy; nothing for those below, whose forward runs."""
+    model = tiny_model(family, dtype=torch.float64, num_hidden_layers=5)
+    bare = copy.deepcopy(model)
+    attachment = attach(model, rank=3, target_modules="all-linear")
+    store, ids = _serve(attachment), _ids(1)
+    config = LearnerConfig(guard="none")
+    updater = Updater(attachment, store, Protection(attachment.shapes, config), config)
+    layout = store.expert("other").layout
+    _, gradient = _autograd(bare, attachment, store, "other", ids, PROMPT)
+    depth = {name: int(re.findall(r"\.(\d+)\.", name)[0]) for name in (site.name for site in attachment.sites)}
+    for layers in (1, 2, 4):
+        sites = updater.sites_of(layers)
+        assert sites == {site.index for site in attachment.sites if depth[site.name] >= 5 - layers}
+        expected = torch.where(_of_sites(layout, sites), gradient, 0.0)
+        slabs = []
+        for plan in PLANS:
+            sink = GradientSink(layout, "other", dtype=torch.float64)
+            units, _ = _exhaust(sample_gradients(updater.walk, attachment.binding, [sink], [(ids, PROMPT)], chunk=128,
+                                                 activations=plan, layers=layers))
+            assert float((sink.slab - expected).abs().max()) <= EXACT * float(gradient.abs().max())
+            whole = _units(plan, layers, 1)
+            assert units == [whole[0], *["forward"] * (5 - layers), *whole[1:]]
+            slabs.append(sink.slab)
+        assert all(torch.equal(slab, slabs[0]) for slab in slabs)
+    assert attachment.binding.sinks == ()
+
+
+def test_a_layer_that_is_called_twice_is_trained_by_its_call_above(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama", dtype=torch.float64, num_hidden_layers=3)
+    model.model.layers[2] = model.model.layers[0]
+    attachment = attach(model, rank=3, target_modules="all-linear")
+    config = LearnerConfig(guard="none")
+    updater = Updater(attachment, _serve(attachment), Protection(attachment.shapes, config), config)
+    named = {layers: {site.name.split(".")[2] for site in attachment.sites if site.index in updater.sites_of(layers)}
+             for layers in (1, 2, 3)}
+    assert updater.depth == 3
+    assert named == {1: {"0"}, 2: {"0", "1"}, 3: {"0", "1"}}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma", "gpt2"])

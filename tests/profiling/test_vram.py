@@ -121,7 +121,7 @@ def _made(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tu
     _ = updater.preflight.footprint
     # the same choice for both, though a device has host RAM beside it
     plans = updater.preflight.footprint.plans(20, 12, host=False)
-    monkeypatch.setattr(updater.preflight, "_plans", lambda tokens, rows: plans)
+    monkeypatch.setattr(updater.preflight, "_plans", lambda tokens, rows, layers: plans)
     meter = _Log()
     with meter:
         for _ in range(2):
