@@ -48,11 +48,14 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def lora_forward(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`reference.lora_forward`; the products are in x's dtype, h is float32."""
     with _ieee():
         h = _mm(x, A.to(x.dtype)).mul_(scale)
-        return h.to(x.dtype) @ B.to(x.dtype), h
+        narrow, B = h.to(x.dtype), B.to(x.dtype)
+        return narrow @ B if onto is None else onto.addmm_(narrow, B), h
 
 
 def lora_backward(

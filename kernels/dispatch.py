@@ -100,10 +100,14 @@ def _backend(name: str) -> Backend | None:
     return _backends.get(name)
 
 
-def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`h = (x A) * scale ; y = h B`, returned as (y, h): see `reference.lora_forward`."""
+def lora_forward(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`h = (x A) * scale ; y = onto + h B`, returned as (y, h): see `reference.lora_forward`."""
     _check_factors(x, A, B, scale)
-    return backend_for(x, "lora_forward").lora_forward(x, A, B, scale)
+    if onto is not None:
+        _check_shape("onto", onto, len(x), B.shape[1])
+    return backend_for(x, "lora_forward").lora_forward(x, A, B, scale, onto=onto)
 
 
 def lora_backward(
@@ -131,8 +135,8 @@ def lora_backward_samples(
     samples: int,
     *,
     trained: slice,
-    h: Tensor | None = None,
-    base_dx: Tensor | None = None,
+    h: Tensor,
+    base_dx: Tensor,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """(dA, dB) of each of several samples, and dx of all: see `reference.lora_backward_samples`."""
     _check_backward(x, g, A, B, scale, trained, h, base_dx)
@@ -142,12 +146,8 @@ def lora_backward_samples(
     if backend.lora_backward_samples is not None:
         return backend.lora_backward_samples(x, g, A, B, scale, samples, trained=trained, h=h, base_dx=base_dx)
     parts, dxs = [], []
-    for start in range(0, len(x), len(x) // samples):
-        own = slice(start, start + len(x) // samples)
-        dA, dB, dx = backend.lora_backward(
-            x[own], g[own], A, B, scale, trained=trained, h=None if h is None else h[own],
-            base_dx=None if base_dx is None else base_dx[own],
-        )  # fmt: skip
+    for x_n, g_n, h_n, base_n in zip(*(t.tensor_split(samples) for t in (x, g, h, base_dx)), strict=True):
+        dA, dB, dx = backend.lora_backward(x_n, g_n, A, B, scale, trained=trained, h=h_n, base_dx=base_n)
         parts.append((dA, dB))
         dxs.append(dx)
     return parts, dxs[0] if samples == 1 else torch.cat(dxs)

@@ -21,9 +21,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def lora_forward(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`reference.lora_forward` with the products in x's dtype; h is float32."""
-    return _lora.lora_forward(_rows(x), A, B, scale.float())
+    y, h = _lora.lora_forward(_rows(x), A, B, scale.float())
+    return y if onto is None else onto.add_(y), h
 
 
 def lora_backward(

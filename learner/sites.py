@@ -72,8 +72,9 @@ class AdaptedLinear(LoraLinear):
     def adapt(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         """y `[..., D_out]`, and h `[T, R]` for the backward."""
         y: Tensor = self.base_layer(x)
-        delta, h = dispatch.lora_forward(x.reshape(-1, x.shape[-1]), pack.A, pack.B, pack.scale)
-        return y.add_(delta.view(y.shape)), h
+        _, h = dispatch.lora_forward(x.reshape(-1, x.shape[-1]), pack.A, pack.B, pack.scale,
+                                     onto=y.view(-1, y.shape[-1]))
+        return y, h
 
     def base_input_gradient(self, g: Tensor) -> Tensor:
         """`[T, D_in]` for g = dL/dy `[T, D_out]`, of the frozen linear alone."""

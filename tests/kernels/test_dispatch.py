@@ -128,14 +128,14 @@ def test_every_operation_reaches_the_chosen_backend_with_its_arguments(monkeypat
     h, rows, weights, ids = torch.zeros(3, 2), torch.zeros(7, 4), torch.zeros(7), torch.zeros(3).long()
     options = dict(trained=slice(1, 2), h=h, base_dx=x)
     m, v = torch.zeros_like(A), torch.zeros_like(A)
-    dispatch.lora_forward(x, A, B, scale)
+    dispatch.lora_forward(x, A, B, scale, onto=g)
     dispatch.lora_backward(x, g, A, B, scale, **options)
     dispatch.project_out_(A, rows, chunk=5, weights=weights)
     dispatch.sgd_(A, A, lr=0.1, weight_decay=0.2)
     dispatch.adam_(A, A, m, v, **MOMENTS, weight_decay=0.2)
     dispatch.cross_entropy(x, ids)
     expected = {
-        "lora_forward": ((x, A, B, scale), {}),
+        "lora_forward": ((x, A, B, scale), dict(onto=g)),
         "lora_backward": ((x, g, A, B, scale), options),
         "project_out_": ((A, rows), dict(chunk=5, weights=weights)),
         "sgd_": ((A, A), dict(lr=0.1, weight_decay=0.2)),
@@ -163,7 +163,10 @@ def test_a_backend_for_one_sample_at_a_time_gets_one_after_the_other(samples, mo
     results = []
     for name in ("one", "reference"):
         monkeypatch.setenv(dispatch.ENV, name)
-        results.append(dispatch.lora_backward_samples(x, g, A, B, scale, samples, trained=slice(0, 1), h=h, base_dx=x))
+        base_dx = torch.ones_like(x)
+        results.append(
+            dispatch.lora_backward_samples(x, g, A, B, scale, samples, trained=slice(0, 1), h=h, base_dx=base_dx)
+        )
     assert calls == [6 // samples] * samples
     (parts, dx), (expected, expected_dx) = results
     torch.testing.assert_close(dx, expected_dx)
@@ -175,8 +178,8 @@ def zeros(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype)
 
 
-def forward(x=(3, 4), A=(4, 2), scale=(2,)):
-    dispatch.lora_forward(zeros(*x), zeros(*A), zeros(2, 5), zeros(*scale))
+def forward(x=(3, 4), A=(4, 2), scale=(2,), onto=(3, 5)):
+    dispatch.lora_forward(zeros(*x), zeros(*A), zeros(2, 5), zeros(*scale), onto=zeros(*onto))
 
 
 def backward(g=(3, 5), start=0, stop=2, stride=None, **optional):
@@ -187,7 +190,9 @@ def backward(g=(3, 5), start=0, stop=2, stride=None, **optional):
 
 def samples(count, stop=2):
     factors = zeros(4, 2), zeros(2, 5), zeros(2)
-    dispatch.lora_backward_samples(zeros(3, 4), zeros(3, 5), *factors, count, trained=slice(0, stop))
+    dispatch.lora_backward_samples(
+        zeros(3, 4), zeros(3, 5), *factors, count, trained=slice(0, stop), h=zeros(3, 2), base_dx=zeros(3, 4)
+    )
 
 
 def project(Z=(4, 2), rows=(3, 4), dtype=torch.float32, **optional):
@@ -204,6 +209,7 @@ def adam(exp_avg=(4,), dtype=torch.float32, step=1):
         (lambda: forward(x=(2, 3, 4)), "x has shape [2, 3, 4], needs 2 dimensions"),
         (lambda: forward(A=(2, 4)), "A has shape [2, 4], needs [4, 2]"),
         (lambda: forward(scale=(1,)), "scale has shape [1], needs [2]"),
+        (lambda: forward(onto=(3, 4)), "onto has shape [3, 4], needs [3, 5]"),
         (lambda: backward(g=(1, 5)), "g has shape [1, 5], needs [3, 5]"),
         (lambda: backward(h=(3, 1)), "h has shape [3, 1], needs [3, 2]"),
         (lambda: backward(base_dx=(1, 4)), "base_dx has shape [1, 4], needs [3, 4]"),

@@ -62,22 +62,30 @@ def test_lora_gradients_equal_autograd(T, D_in, D_out, R, trained, given_h):
         torch.testing.assert_close(out, ref, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
+def test_lora_forward_adds_in_place(dtype):
+    x, base, A, B, scale = problem(9, 12, 7, 5, dtype)
+    y, h = reference.lora_forward(x, A, B, scale)
+    onto = base.clone()
+    added, h_too = reference.lora_forward(x, A, B, scale, onto=onto)
+    assert added.data_ptr() == onto.data_ptr() and added.dtype == dtype and torch.equal(h, h_too)
+    torch.testing.assert_close(added, base + y)
+
+
 def test_lora_dx_without_a_base_is_the_adapters_alone():
     x, g, A, B, scale = problem(9, 12, 7, 5)
     *_, dx = reference.lora_backward(x, g, A, B, scale, trained=slice(0, 2))
     torch.testing.assert_close(dx, torch.einsum("to,ro,r,ir->ti", g, B, scale, A))
 
 
-@pytest.mark.parametrize("optional", [True, False])
-def test_lora_gradients_of_several_samples_stay_apart(optional):
+def test_lora_gradients_of_several_samples_stay_apart():
     x, g, A, B, scale = problem(12, 7, 5, 4)
-    options = dict(h=reference.lora_forward(x, A, B, scale)[1], base_dx=x) if optional else {}
-    parts, dx = reference.lora_backward_samples(x, g, A, B, scale, 3, trained=slice(1, 3), **options)
+    h, base_dx = reference.lora_forward(x, A, B, scale)[1], torch.randn(12, 7, dtype=DOUBLE)
+    parts, dx = reference.lora_backward_samples(x, g, A, B, scale, 3, trained=slice(1, 3), h=h, base_dx=base_dx.clone())
     assert len(parts) == 3
     for n, (dA, dB) in enumerate(parts):
         own = slice(4 * n, 4 * n + 4)
-        part = {name: t[own] for name, t in options.items()}
-        alone = reference.lora_backward(x[own], g[own], A, B, scale, trained=slice(1, 3), **part)
+        alone = reference.lora_backward(x[own], g[own], A, B, scale, trained=slice(1, 3), base_dx=base_dx[own])
         for name, out, ref in zip(("dA", "dB", "dx"), (dA, dB, dx[own]), alone, strict=True):
             torch.testing.assert_close(out, ref, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
