@@ -25,8 +25,6 @@ EPOCHS = 40
 class Joint(Baseline):
     """Plain LoRA on mini-batches of everything."""
 
-    rates = (5e-4, 1e-3, 2e-3)
-
     def train_all(self, samples: Sequence[Sample], on_epoch: Callable[[int, float], Any] = lambda n, loss: None
                   ) -> tuple[int, bool]:
         """Epochs until convergence, and whether it came within 40."""
