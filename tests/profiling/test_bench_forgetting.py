@@ -75,6 +75,15 @@ def test_all_methods_get_a_row_with_all_fields(arguments, tmp_path):
         assert (tmp_path / "out" / f"{picture}-s-ring3.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_diverged_has_a_row_too(arguments, monkeypatch):
+    def overflow(probe):
+        raise OverflowError
+
+    monkeypatch.setattr("ogpstream.learner.retention.RetentionProbe.measure", overflow)
+    (row,) = _rows(arguments, "--methods", "agem", "--lr", "agem=1e37")
+    assert row["crs"] is row["ppl_ratio"] is row["prequential_loss"] is None and 0 <= row["acc"] <= 1
+
+
 def test_the_embedded_corrections_need_no_data(base):
     (there, back) = _rows(base, "--methods", "agem", "--limit", "1", "--stream", "demo", "--stream", "demo:reversed")
     assert len(there["tasks"]) >= 4 and there["tasks"] == back["tasks"][::-1]
