@@ -22,7 +22,7 @@ from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
 from ogpstream.profiling.bench_report import fail, prepare
 from ogpstream.profiling.forgetting_report import draw, line, tables, write_csv
 from ogpstream.profiling.forgetting_row import Job, run_row
-from ogpstream.profiling.methods import METHODS, method_config
+from ogpstream.profiling.methods import METHODS, method_config, untuned
 from ogpstream.profiling.rates import Rate, candidates, read_rates, write_rates
 from ogpstream.profiling.row_store import Row, RowStore
 
@@ -67,10 +67,12 @@ def bench_forgetting(
         for name, rate in _values(lr or [], "--lr").items():
             if name not in METHODS:
                 raise ConfigError(f"--lr {name}={rate} is of no method: use {', '.join(METHODS)}")
-            known[name] = replace(known.get(name, Rate(0.0, None, None)), lr=float(rate))
+            known[name] = replace(known.get(name, Rate(0.0, untuned(name)[1], None)), lr=float(rate))
         if find_rates is not None and (tune < 1 or len(stream or []) > 1):
             raise ConfigError("--find-rates needs --tune N and a single --stream: what is tuned on is never tested on")
         settings = {"ring_samples": ring, **_values(set_ or [], "--set")}
+        if "lr" in settings:
+            raise ConfigError("--set lr would be one rate for all methods: give each its own with --lr method=rate")
         lines = texts.read_text("utf-8").splitlines() if texts else []
         plan = [
             Job(method, model, None if tasks is None else str(tasks.resolve()), name,
@@ -109,7 +111,10 @@ def bench_forgetting(
 
 def _with_rate(job: Job, known: dict[str, Rate]) -> Job:
     rate = known.get(job.method)
-    return job if rate is None else replace(job, lr=rate.lr, strength=rate.strength, tuned_on=rate.tuned_on)
+    if rate is None:
+        lr, strength = untuned(job.method)
+        return replace(job, lr=lr, strength=strength)
+    return replace(job, lr=rate.lr, strength=rate.strength, tuned_on=rate.tuned_on)
 
 
 def _compute(plan: Sequence[Job], store: RowStore, jobs: int) -> None:

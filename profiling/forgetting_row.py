@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ogpstream.learner import ConfigError, LearnerConfig, Retention, RetentionProbe
+from ogpstream.learner import ConfigError, LearnerConfig, RetentionProbe
 from ogpstream.learner.binding import Binding
 from ogpstream.learner.pretrained import load_pretrained
 from ogpstream.learner.sites import Attachment
@@ -111,8 +112,11 @@ def run_row(job: Job, on_progress: Progress = lambda done, total: None) -> dict[
     scores = _joint if job.method == "joint" else _stream
     row = scores(job, model, tokenizer, config, tasks, on_progress)
     if probe is not None:
-        row |= _kept(probe.measure())
-    # a run that diverged has no numbers that JSON could hold
+        # the perplexity of a run that diverged may be beyond any float
+        with suppress(OverflowError):
+            retention = probe.measure()
+            row |= {"crs": retention.crs, "ppl_ratio": retention.ppl_ratio}
+    # and JSON has no word for what is not finite
     row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
            for name, value in row.items()}
     return {
@@ -163,7 +167,3 @@ def _joint(job: Job, model: Any, tokenizer: Any, config: LearnerConfig, tasks: l
 def _cost(learner: Student | Joint) -> dict[str, Any]:
     return {"grad_evals": learner.gradients, "state_bytes": learner.state_bytes(), "boundaries": learner.boundaries,
             "strength": getattr(learner, "strength", None)}
-
-
-def _kept(retention: Retention) -> dict[str, Any]:
-    return {"crs": retention.crs, "ppl_ratio": retention.ppl_ratio}

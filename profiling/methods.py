@@ -20,8 +20,8 @@ PLAIN = ("sequential", "replay1")
 _BASELINES = {"replay16": "Replay16", "ewc": "EWC", "si": "SI", "agem": "AGEM", "derpp": "DERpp", "mer": "MER",
               "olora": "OLoRA", "osf": "OSF", "joint": "Joint"}
 METHODS = (*OURS, "sequential", "replay16", "replay1", "ewc", "si", "agem", "derpp", "mer", "olora", "osf", "joint")
-# what is tried for plain LoRA by the learner; each baseline has its own
-PLAIN_RATES = (5e-4, 1e-3, 2e-3)
+# of plain LoRA by the learner, untuned and tried; each baseline has its own
+PLAIN_RATE, PLAIN_RATES = 1e-3, (5e-4, 1e-3, 2e-3)
 
 
 def baseline_class(method: str) -> type[Baseline]:
@@ -61,6 +61,16 @@ def student(method: str, model: Any, tokenizer: Any, config: LearnerConfig, *, l
     if method in _BASELINES:
         return baseline_class(method)(model, tokenizer, own, strength=strength)
     return learner_student(StreamLearner(model, tokenizer, own, calibration=calibration), method, config)
+
+
+def untuned(method: str) -> tuple[float | None, float | None]:
+    """(rate, strength) of a method that was not tuned; None leaves what its configuration says."""
+    if method in OURS:
+        return None, None
+    if method in PLAIN:
+        return PLAIN_RATE, None
+    kind = baseline_class(method)
+    return kind.rate, kind.strength
 
 
 def grid(method: str) -> list[tuple[float, float | None]]:

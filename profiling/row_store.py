@@ -27,7 +27,7 @@ class RowStore:
         self._rows: dict[str, Row] = {}
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text("utf-8", errors="replace").splitlines():
+        for line in self.path.read_text("utf-8").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:

@@ -40,13 +40,15 @@ class Baseline:
 
     Attributes:
         boundaries: whether the method's formula is told where a task ends.
-        rates: learning rates that are tried when the method is tuned; `strengths` those of its own setting.
+        rate, strength: the learning rate and the method's own setting where none was tuned.
+        rates, strengths: what is tried when the method is tuned.
         gradients: evaluations so far.
         rests: idle phases so far.
         recent: samples since the last idle phase.
     """
 
     boundaries: ClassVar[bool] = False
+    rate: ClassVar[float] = 1e-3
     rates: ClassVar[Sequence[float]] = (5e-4, 1e-3, 2e-3)
     strengths: ClassVar[Sequence[float]] = ()
     strength: float | None = None

@@ -6,6 +6,7 @@ and no backward transfer; it makes as many gradient evaluations as it needs.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,8 +26,6 @@ EPOCHS = 40
 class Joint(Baseline):
     """Plain LoRA on mini-batches of everything."""
 
-    rates = (5e-4, 1e-3, 2e-3)
-
     def train_all(self, samples: Sequence[Sample], on_epoch: Callable[[int, float], Any] = lambda n, loss: None
                   ) -> tuple[int, bool]:
         """Epochs until convergence, and whether it came within 40."""
@@ -43,7 +42,7 @@ class Joint(Baseline):
             since = 0 if loss < (1 - GAIN) * best else since + 1
             best = min(best, loss)
             if loss < LOSS or since == PATIENCE:
-                return epoch, True
+                return epoch, math.isfinite(loss)
         return EPOCHS, False
 
     def _batch(self, lessons: Sequence[Lesson]) -> float:

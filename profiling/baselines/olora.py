@@ -2,7 +2,8 @@
 
     loss   CE + lambda sum_i |A_i A_t^T|_F^2       Wang et al. 2023, arXiv:2310.14152; A is PEFT's [r, D_in]
 
-All of them are active. It is told where tasks end, and it has rank r for each of them: both are advantages.
+As printed; the authors' code sums absolute values. All of them are active. It is told where tasks end, and it has rank
+r for each of them: both are advantages.
 """
 
 from __future__ import annotations

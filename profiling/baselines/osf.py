@@ -22,6 +22,7 @@ class OSF(Baseline):
 
     boundaries = True
     # it trains weights and not a product of two factors that starts at 0, so it wants smaller steps than LoRA
+    rate = 2e-4
     rates = (5e-5, 2e-4, 5e-4)
     strengths = (0.25, 0.5, 0.75)
     strength = 0.5

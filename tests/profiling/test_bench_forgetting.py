@@ -62,6 +62,7 @@ def test_all_methods_get_a_row_with_all_fields(arguments, tmp_path):
         last = row["accuracies"][-1]
         assert row["acc"] == sum(last) / 2 and row["bwt"] == last[0] - row["accuracies"][0][0]
         assert 0 <= row["stickiness"] <= 1 and row["prequential_loss"] > 0 and row["update_ms_p50"] > 0
+        assert row["lr"] == {"ogp-literal": 1e-4, "osf": 2e-4}.get(method, 2e-3 if method.startswith("ogp") else 1e-3)
         assert (row["coverage"] > 0) == (method in ("ogp", "ogp-uncut", "ogp-shared"))
     # 8 samples with one more evaluation each and 2 idle updates of two; the ring begins empty for some
     for method in ("sequential", "replay16", "ewc", "si", "olora", "osf"):
@@ -72,6 +73,15 @@ def test_all_methods_get_a_row_with_all_fields(arguments, tmp_path):
     assert [float(row["acc"]) for row in written] == [row["acc"] for row in rows]
     for picture in ("accuracy", "matrix"):
         assert (tmp_path / "out" / f"{picture}-s-ring3.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_diverged_has_a_row_too(arguments, monkeypatch):
+    def overflow(probe):
+        raise OverflowError
+
+    monkeypatch.setattr("ogpstream.learner.retention.RetentionProbe.measure", overflow)
+    (row,) = _rows(arguments, "--methods", "agem", "--lr", "agem=1e37")
+    assert row["crs"] is row["ppl_ratio"] is row["prequential_loss"] is None and 0 <= row["acc"] <= 1
 
 
 def test_the_embedded_corrections_need_no_data(base):
@@ -144,7 +154,8 @@ def test_the_warm_start_takes_the_given_texts(arguments, tmp_path):
 @pytest.mark.parametrize("wrong,told", [
     (["--methods", "ogp,ewx"], "ewx"), (["--set", "rank"], "name=value"), (["--lr", "ogp:1"], "name=value"),
     (["--lr", "ewx=1"], "ewx"), (["--stream", "z"], "no stream 'z'"), (["--find-rates", "r.json"], "--tune"),
-    (["--set", "rank=0"], "rank is 0"), (["--rates", "none.json"], "--find-rates"),
+    (["--set", "rank=0"], "rank is 0"), (["--set", "lr=1"], "--lr method=rate"),
+    (["--rates", "none.json"], "--find-rates"),
 ])
 def test_wrong_options_are_told(arguments, wrong, told):
     done = CliRunner().invoke(app, [*arguments, *wrong])

@@ -37,32 +37,46 @@ def test_all_methods_make_about_the_same_number_of_gradient_evaluations(tiny_mod
     assert len(run.losses) == len(run.update_ms) == 10 and run.stuck == []
 
 
-def test_losses_are_those_before_and_answers_those_after_the_update(tiny_model, tiny_tokenizer):
-    class Parrot:
-        """Answers "a" until it has learned something, then the last answer; loses 1, 2, 3, ..."""
+class Parrot:
+    """Answers as its last sample, or "wrong" after number 3 of a task; loses 1, 2, ... and has learned number 2 before.
 
-        boundaries, rests, gradients, tokenizer = False, 0, 0, None
+    Its model is its answer.
+    """
 
-        def __init__(self):
-            self.model = "a"
-            self.count = 0
+    boundaries, gradients, tokenizer = False, 0, None
 
-        def learn(self, sample):
-            self.model = sample.completion.strip() if "3" not in sample.prompt else "wrong"
-            self.count += 1
-            return None if self.count == 2 else float(self.count)
+    def __init__(self, rests=0):
+        self.model = "a"
+        self.count = 0
+        self.rests = rests
 
-        def rest(self, updates):
-            self.rests += 1
+    def learn(self, sample):
+        self.model = sample.completion.strip() if "3" not in sample.prompt else "wrong"
+        self.count += 1
+        return None if self.count == 2 else float(self.count)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ogpstream.profiling.stream_run.rank_labels",
-                      lambda model, tokenizer, prompts, labels: [model] * len(prompts))
-        run = run_stream(Parrot(), _tasks(), idle=1, ask=True)
-    # the second sample was learned before
+    def rest(self, updates):
+        self.rests += updates
+
+
+@pytest.fixture
+def parrots(monkeypatch):
+    monkeypatch.setattr("ogpstream.profiling.stream_run.rank_labels",
+                        lambda model, tokenizer, prompts, labels: [model] * len(prompts))
+    return Parrot
+
+
+def test_losses_are_those_before_and_answers_those_after_the_update(parrots):
+    run = run_stream(parrots(), _tasks(), idle=1, ask=True)
     assert run.losses == [1.0, *map(float, range(3, 11))]
     assert run.stuck == [True, True, False, True] + [True, True, True, False, True]
     assert run.rows == [[1.0, 0.0], [0.0, 1.0]] and run.points == [(5, 0.5), (10, 0.5)]
+
+
+def test_an_idle_phase_that_was_finished_while_loading_is_not_repeated(parrots):
+    rested = parrots(rests=1)
+    run = run_stream(rested, _tasks(), idle=1, run=StreamRun(learned=5))
+    assert rested.rests == 2 and rested.count == 5 and len(run.rows) == 2
 
 
 def test_a_run_goes_on_where_another_process_stopped(tiny_model, tiny_tokenizer, tmp_path):

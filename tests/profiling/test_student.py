@@ -46,6 +46,7 @@ def test_alone_every_evaluation_goes_to_the_latest_samples(tiny_model, tiny_toke
     student.learner.learn_one = lambda sample: taken.append(sample.prompt) or learn_one(sample)
     losses = [student.learn(Sample(prompt=p, completion=" c", id=p)) for p in ("x", "y")]
     assert all(loss > 0 for loss in losses) and student.gradients == 6 and taken == ["x", "x", "y", "y"]
-    assert student.learn(Sample(prompt="x", completion=" c", id="x")) is None and student.gradients == 6
     student.rest(2)
-    assert taken[4:] == ["x", "y", "x", "x"]
+    # the latest first
+    assert taken[4:] == ["y", "x", "y", "x"] and student.gradients == 10
+    assert student.learn(Sample(prompt="x", completion=" c", id="x")) is None and student.gradients == 10

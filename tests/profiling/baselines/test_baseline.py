@@ -3,7 +3,7 @@ import torch
 
 from ogpstream.learner import LearnerConfig, ModelError
 from ogpstream.profiling.baselines.baseline import Baseline
-from ogpstream.profiling.methods import METHODS, OURS, PLAIN, baseline_class, grid
+from ogpstream.profiling.methods import METHODS, OURS, PLAIN, baseline_class, grid, untuned
 
 NAMES = [name for name in METHODS if name not in (*OURS, *PLAIN, "joint")]
 
@@ -17,14 +17,14 @@ def test_plain_lora_steps_on_the_new_sample_alone_and_rests_on_the_latest(build)
         torch.testing.assert_close(gradient, watched.own_gradient(number, theta))
 
 
-def test_the_first_step_is_adams(build):
-    watched = build(Baseline, lr=1e-3)
-    watched.learn(0)
-    before, gradient, after = watched.steps[0]
-    large = gradient.abs() > 1e-4
-    assert large.sum() > 100
-    # both moments are those of one gradient: every coordinate moves by the rate
-    torch.testing.assert_close((after - before)[large], -1e-3 * gradient[large].sign(), rtol=1e-3, atol=0)
+def test_steps_are_adams_at_the_learners_rate_and_betas(build):
+    watched = build(Baseline, lr=1e-3, betas=(0.8, 0.95))
+    watched.learn(0, 1)
+    mean = square = torch.zeros_like(watched.baseline.theta())
+    for number, (before, gradient, after) in enumerate(watched.steps, 1):
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
+        step = mean / (1 - 0.8**number) / ((square / (1 - 0.95**number)).sqrt() + 1e-8)
+        torch.testing.assert_close(after, before - 1e-3 * step)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,6 +70,7 @@ def test_grids_hold_the_defaults_and_ours_have_none():
         if name not in (*OURS, *PLAIN):
             kind = baseline_class(name)
             assert (kind.strength in kind.strengths) if kind.strengths else kind.strength is None
+            assert kind.rate in kind.rates and untuned(name) == (kind.rate, kind.strength) in tried
 
 
 def test_a_model_without_linears_is_told(tiny_model, tiny_tokenizer):
