@@ -34,6 +34,9 @@ Report = SampleReport | RehearsalReport | None
 
 _log = logging.getLogger(__name__)
 
+# number of updates after which none of a record is left to do
+ENDED = 2**31
+
 
 class Applier:
     """Applies records to a state.
@@ -112,6 +115,8 @@ class Applier:
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
             self._commit(gradients=1 + len(slots))
+        yield from self._repeat(record, updates)
+        count, sticks = len(updates), updates[-1].learned[0] if len(updates) > 1 else None
         # rehearsal in the same update takes the place of the replayed sample after every 16th
         every = 0 if record["rehearsals"] else self.config.replay_every
         if every and counters.learned % every == 0 and self.state.position.done == 1:
@@ -120,7 +125,19 @@ class Applier:
             if len(ring) > len(new_one):
                 updates.append((yield from self._rehearse(record, 1, waiting=False, but=new_one)))
         trained = self._paced(self._limited(new, record, 0), record, 0)
-        return self._report(record, trained, "learned", started, loss, updates, None)
+        report = self._report(record, trained, "learned", started, loss, updates, None)
+        return replace(report, updates=count, sticks=sticks)
+
+    def _repeat(self, record: Record, updates: list[Update]) -> Generator[str, None, None]:
+        """Update a new sample again until it counts as learned, at most `repeats` times."""
+        # records of earlier releases have none
+        repeats = record.get("repeats", 0)
+        new = Lesson(record["ids"], record["prompt_length"], again=True)
+        while 0 < self.state.position.done <= repeats:
+            update = yield from self._update(record, record["expert"], [new])
+            updates.append(update)
+            self._note_again(update)
+            self._commit(gradients=1, last=update.learned[0] or update.refusal is not None)
 
     def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
                 updates: list[Update], reason: str | None) -> SampleReport:
@@ -233,10 +250,26 @@ class Applier:
             else:
                 ring.mark(slot, flags)
 
-    def _commit(self, *, gradients: int) -> None:
-        """One update of the current record is in the state; every so many, it is saved."""
+    def _note_again(self, update: Update) -> None:
+        """Mark the newest sample with what an update of it alone showed; once learned, it waits for no rehearsal."""
+        if update.refusal is not None:
+            return
+        flags = SlotFlag.REHEARSED | SlotFlag.LEARNED if update.learned[0] else SlotFlag(0)
+        for place in (self.state.ring, self.state.waiting):
+            slot = place.find(self.state.counters.acknowledged)
+            if slot is not None:
+                place.mark(slot, flags, loss=update.losses[0], gradient_norm=update.gradient_norms[0], updates=1)
+                if flags and place is self.state.waiting:
+                    place.evict(slot)
+
+    def _commit(self, *, gradients: int, last: bool = False) -> None:
+        """One update of the current record is in the state; every so many, it is saved.
+
+        Args:
+            last: the record's, though more were allowed.
+        """
         counters = self.state.counters
-        self.state.position.done += 1
+        self.state.position.done = ENDED if last else self.state.position.done + 1
         counters.updates += 1
         counters.gradients += gradients
         if counters.updates % self.config.snapshot_every == 0:

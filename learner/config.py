@@ -76,6 +76,7 @@ class LearnerConfig:
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
     second_look: bool = True  # one of them is the sample before, so that each can soon count as learned
+    repeats: int = 3  # further updates of a new sample in `learn` and `learn_batch`, until it counts as learned
     rehearsal_batch: int = 2  # old samples in one update of `consolidate`
 
     # samples
@@ -106,8 +107,9 @@ class LearnerConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
-        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "directions_per_sample", "settled_below",
-                     "base_anchor", "restart_after", "restart_directions", "shared_tokens", "eps", "seed"):
+        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "repeats", "directions_per_sample",
+                     "settled_below", "base_anchor", "restart_after", "restart_directions", "shared_tokens", "eps",
+                     "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
         for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share", "restart_loss"):
@@ -145,7 +147,7 @@ class LearnerConfig:
     def literal(cls, **changes: Any) -> LearnerConfig:
         """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
         spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", warm_start=False,
-                                    novelty=0.5, settled_below=0.0, rehearsals=0)
+                                    novelty=0.5, settled_below=0.0, rehearsals=0, repeats=0)
         return cls(**{**spec, **changes})
 
     @classmethod

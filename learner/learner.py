@@ -326,7 +326,7 @@ class StreamLearner:
             self.queue.last_report = known
             return known
         if not self._waits(sample):
-            self.queue.acknowledge([self._record(sample, rehearsals=0)])
+            self.queue.acknowledge([self._record(sample, rehearsals=0, repeats=0)])
         report: Report = None
         while self.queue:
             done = yield from self.queue.apply_next()
@@ -350,7 +350,7 @@ class StreamLearner:
             known = SampleReport(sample.id, "skipped", self.version)
         if known is not None:
             return known
-        number = self.queue.acknowledge([self._record(sample, rehearsals=0)])
+        number = self.queue.acknowledge([self._record(sample, rehearsals=0, repeats=0)])
         assert number is not None
         return number
 
@@ -572,14 +572,14 @@ class StreamLearner:
 
     # what samples and names become
 
-    def _record(self, sample: Sample, *, rehearsals: int) -> Record:
+    def _record(self, sample: Sample, *, rehearsals: int, repeats: int) -> Record:
         if not sample.trained:
             return {"kind": "kept", "id": sample.id, "reason": "marked as wrong by its source",
                     "sample": sample.to_dict()}
         encoded = self.encode(sample)
         return {"kind": "sample", "id": sample.id, "digest": sample.digest, "ids": list(encoded.ids),
                 "prompt_length": encoded.prompt_length,
-                "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals,
+                "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals, "repeats": repeats,
                 # for a person who reviews what was refused or undone
                 "source": sample.source, "meta": sample.meta}
 
@@ -592,7 +592,7 @@ class StreamLearner:
             if known is not None:
                 return known
             try:
-                return self._record(sample, rehearsals=self.config.rehearsals)
+                return self._record(sample, rehearsals=self.config.rehearsals, repeats=self.config.repeats)
             except SampleError as error:
                 if not refuse:
                     raise

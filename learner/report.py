@@ -76,6 +76,8 @@ class SampleReport:
         out_of_memory: times that the device had no memory left and the work was done again in a smaller mode.
         reason: of a rejection or quarantine.
         pace: of the update that it was new in, where there is a time budget.
+        updates: of this sample alone or with others, while it was new; a kill in between is not counted.
+        sticks: whether it counted as learned in the last of them; None for one update, before which it cannot.
     """
 
     id: str | None
@@ -91,6 +93,8 @@ class SampleReport:
     activations: ActivationPlan | None = None
     out_of_memory: int = 0
     pace: Pace | None = None
+    updates: int = 0
+    sticks: bool | None = None
 
 
 @dataclass(frozen=True)

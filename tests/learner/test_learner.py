@@ -27,7 +27,7 @@ MakeLearner = Callable[..., StreamLearner]
 # small and quick: two linears of two inputs each layer, one layer
 QUICK: dict[str, Any] = dict(
     rank=3, lr=0.02, target_modules=("q_proj", "down_proj"), basis_columns=16, warm_samples=2, warm_tokens=8,
-    warm_share=0.25, learned_below=100.0, learned_share=0.0, settled_below=0.0,
+    warm_share=0.25, learned_below=100.0, learned_share=0.0, settled_below=0.0, repeats=0,
 )
 PROMPT = 4
 
@@ -173,6 +173,53 @@ def test_rehearsal_goes_by_count_in_a_batch(make: MakeLearner) -> None:
     assert learner.state.counters.updates == 17
     assert learner.state.ring.seen == 17
     assert sum(slot.updates for slot in map(learner.state.ring.get, learner.state.ring.slots)) == 17 + 31
+
+
+@pytest.mark.parametrize("below", [3.0, 1e-9])
+def test_a_new_sample_of_a_batch_is_updated_until_it_counts_as_learned(make: MakeLearner, below: float) -> None:
+    learner = make(repeats=6, rehearsals=0, learned_below=below)
+    columns = learner.state.protection.columns
+    (report,) = learner.learn_batch([_sample(0)])
+    (slot,) = map(learner.state.ring.get, learner.state.ring.slots)
+    assert report.updates == slot.updates == learner.state.counters.updates == learner.state.counters.gradients
+    assert learner.state.counters.learned == learner.state.ring.seen == 1
+    if below < 1:
+        assert (report.updates, report.sticks) == (7, False)
+        assert not slot.flags & SlotFlag.LEARNED and learner.state.protection.columns == columns
+        return
+    # the loss that the last of them found, and the one before did not
+    assert 2 < report.updates < 7 and report.sticks and slot.loss < 3.0 < report.loss
+    assert slot.flags & SlotFlag.LEARNED and learner.state.protection.columns > columns
+    shorter = make(repeats=report.updates - 2, rehearsals=0, learned_below=below)
+    (other,) = shorter.learn_batch([_sample(0)])
+    assert other.updates == report.updates - 1 and not other.sticks
+    # of one sample alone there is no second update
+    (again,) = [shorter.learn_one(_sample(1))]
+    assert again.updates == 1 and again.sticks is None
+
+
+def test_repeats_go_on_where_a_kill_left_them(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[Path] = []
+    learner = make(tmp_path / "state", snapshot_every=1, repeats=6, rehearsals=1, learned_below=3.0)
+    checkpoint = learner._applier.checkpoint
+
+    def copied() -> None:
+        checkpoint()
+        copies.append(Path(shutil.copytree(tmp_path / "state", tmp_path / f"{len(copies)}")))
+
+    monkeypatch.setattr(learner._applier, "checkpoint", copied)
+    reports = learner.learn_batch([_sample(0), _sample(1)])
+    # one that ends early and one that does not
+    assert [report.sticks for report in reports] == [True, False] and 2 < reports[0].updates < 7
+    assert len(copies) == sum(report.updates for report in reports)
+    digest, counters = learner.state_sha256(), learner.state.counters
+    learner.close()
+    for copy in copies:
+        loaded = StreamLearner.load_state(copy, tiny_model("llama", num_hidden_layers=1))
+        assert loaded.state.counters == counters and loaded.state_sha256() == digest
+        loaded.close()
 
 
 def test_rehearsed_samples_are_of_the_same_expert(make: MakeLearner) -> None:
