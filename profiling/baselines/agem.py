@@ -30,6 +30,11 @@ class AGEM(Baseline):
         self.keep(lesson)
         return loss
 
+    def repeat(self, lesson: Lesson, evaluations: int) -> None:
+        # a step without references would not be this method's
+        if evaluations > 1:
+            self._constrained(lesson, evaluations - 1)
+
     def _constrained(self, lesson: Lesson, references: int) -> float:
         gradient, loss = self.gradient(lesson)
         old = [self.gradient(one)[0] for one in self.draw(references)] if references else []

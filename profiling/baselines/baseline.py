@@ -1,9 +1,9 @@
 """What the baselines share: PEFT's LoRA on the learner's linears, gradients of single samples, Adam, a ring.
 
-A baseline makes as many gradient evaluations as the learner: 1 + `rehearsals` for each new sample, and
-`rehearsal_batch` for each update of an idle phase. This class spends all of them on the new sample, and in idle phases
-on the latest ones; each method overrides what its paper does otherwise. Flat vectors hold all trained parameters in
-their order.
+A baseline makes as many gradient evaluations as the learner: 1 + `rehearsals` for each new sample, up to `repeats`
+more until it is learned, and `rehearsal_batch` for each update of an idle phase. This class spends all of them on the
+new sample, and in idle phases on the latest ones; each method overrides what its paper does otherwise. Flat vectors
+hold all trained parameters in their order.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class Baseline:
         self.learned += 1
         lesson = Lesson(encoded.ids, encoded.prompt_length, self.learned)
         loss = self.learn_lesson(lesson)
+        self.repeat(lesson, self.config.repeats)
         self.recent.append(lesson)
         return loss
 
@@ -148,6 +149,12 @@ class Baseline:
         """The 1 + `rehearsals` evaluations of a new sample; its loss before them."""
         first, *_ = [self.update(lesson) for _ in range(1 + self.config.rehearsals)]
         return first
+
+    def repeat(self, lesson: Lesson, evaluations: int) -> None:
+        """Learn a new sample again, by so many evaluations at most; as the learner does, until it is learned."""
+        for _ in range(evaluations):
+            if self.update(lesson) < self.config.learned_below:
+                break
 
     def update(self, lesson: Lesson) -> float:
         """One step on one sample, of one evaluation; its loss before."""

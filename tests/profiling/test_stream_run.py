@@ -8,7 +8,7 @@ from ogpstream.profiling.methods import learner_student, method_config
 from ogpstream.profiling.stream_run import StreamRun, evaluate, run_stream
 from ogpstream.profiling.tasks import Task, demo_tasks, folder_tasks, split_tail
 
-EQUAL = LearnerConfig(ring_samples=4, rehearsals=2, warm_samples=2, warm_tokens=8, snapshot_every=3)
+EQUAL = LearnerConfig(ring_samples=4, rehearsals=2, repeats=1, warm_samples=2, warm_tokens=8, snapshot_every=3)
 
 
 def _tasks() -> list[Task]:
@@ -30,7 +30,7 @@ def test_all_methods_make_about_the_same_number_of_gradient_evaluations(tiny_mod
     run = _run(learner, method, every=4)
     # the ring of the first samples holds fewer than are to be rehearsed with them: 0 and 1
     missing = 0 if method == "sequential" else 3
-    assert learner.state.counters.gradients == 10 * 3 + 2 * 3 * 2 - missing
+    assert learner.state.counters.gradients == 10 * (1 + 2 + 1) + 2 * 3 * 2 - missing
     assert run.learned == 10 and len(run.rows) == 2 and [n for n, _ in run.points] == [4, 5, 8, 10]
     assert run.rows[-1] == evaluate(learner, _tasks())
     assert run.points[-1] == (10, sum(run.rows[-1]) / 2)

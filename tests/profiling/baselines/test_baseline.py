@@ -45,6 +45,19 @@ def test_every_method_learns_and_spends_what_the_learner_spends(build, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_new_sample_is_repeated_until_it_is_learned(build, name):
+    never, at_once = (build(baseline_class(name), repeats=4, learned_below=below) for below in (1e-9, 1e9))
+    for watched in (never, at_once):
+        watched.learn(0)
+    first = build(baseline_class(name))
+    first.learn(0)
+    once = first.baseline.gradients
+    # A-GEM has one more step, with references for what is left; the ring holds one sample
+    assert never.baseline.gradients == once + (2 if name == "agem" else 4)
+    assert at_once.baseline.gradients == once + (2 if name == "agem" else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_loss_told_of_a_new_sample_is_that_before_its_update(build, name):
     watched = build(baseline_class(name))
     watched.learn(0, 1)
