@@ -29,7 +29,7 @@ class Machine:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.speed = 0.0, 1.0
-        for name, cost in (("lora_forward", 0.5e-6), ("lora_backward", 1e-6)):
+        for name, cost in (("lora_forward", 0.5e-6), ("lora_backward_samples", 1e-6)):
             patch.setattr(dispatch, name, self._timed(getattr(dispatch, name), cost))
 
     def _timed(self, real: Callable[..., Any], cost: float) -> Callable[..., Any]:
