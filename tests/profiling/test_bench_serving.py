@@ -161,6 +161,16 @@ def test_bench_serving(tmp_path: Path) -> None:
     assert "requests of phase on" in done.stderr
 
 
+def test_a_saved_model_learns_the_corrections_of_the_demo(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tiny_model(num_hidden_layers=1, max_position_embeddings=256).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    done = _bench("--device", "cpu", "--model", str(tmp_path), "--new", "2", "--requests", "2", "--updates", "2",
+                  "--json")
+    assert done.exit_code == 0, done.output
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert values["updates"] >= 2 and values["wrong"] == 0
+
+
 def test_a_wrong_token_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Server.again
 
