@@ -32,6 +32,9 @@ from ogpstream.memory.replay import Slot, SlotFlag
 Record = dict[str, Any]
 Report = SampleReport | RehearsalReport | None
 
+# the unit before a snapshot: what follows it writes the state down, and touches neither model nor device
+SNAPSHOT = "snapshot"
+
 _log = logging.getLogger(__name__)
 
 # number of updates after which none of a record is left to do
@@ -67,6 +70,7 @@ class Applier:
         self.own = own
         self.acknowledge = acknowledge
         self.pacer = Pacer(updater)
+        self._owed = False  # a snapshot
 
     def apply(self, record: Record) -> Generator[str, None, Report]:
         """Apply one record; yields after every unit. Dropped half-way, the rest is done when it is applied again."""
@@ -115,6 +119,7 @@ class Applier:
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
             self._commit(gradients=1 + len(slots))
+        yield from self._save()
         yield from self._repeat(record, updates)
         count, sticks = len(updates), updates[-1].learned[0] if len(updates) > 1 else None
         # rehearsal in the same update takes the place of the replayed sample after every 16th
@@ -138,6 +143,7 @@ class Applier:
             updates.append(update)
             self._note_again(update)
             self._commit(gradients=1, last=update.learned[0] or update.refusal is not None)
+            yield from self._save()
 
     def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
                 updates: list[Update], reason: str | None) -> SampleReport:
@@ -176,6 +182,7 @@ class Applier:
         update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
         self._note(slots, update, first=0)
         self._commit(gradients=len(slots))
+        yield from self._save()
         return update
 
     def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
@@ -263,7 +270,7 @@ class Applier:
                     place.evict(slot)
 
     def _commit(self, *, gradients: int, last: bool = False) -> None:
-        """One update of the current record is in the state; every so many, it is saved.
+        """One update of the current record is in the state; after every so many a snapshot is owed.
 
         Args:
             last: the record's, though more were allowed.
@@ -272,8 +279,14 @@ class Applier:
         self.state.position.done = ENDED if last else self.state.position.done + 1
         counters.updates += 1
         counters.gradients += gradients
-        if counters.updates % self.config.snapshot_every == 0:
+        self._owed |= counters.updates % self.config.snapshot_every == 0
+
+    def _save(self) -> Generator[str, None, None]:
+        """The snapshot that is owed, in a unit of its own; aborted before, it is owed still."""
+        if self._owed:
+            yield SNAPSHOT
             self.checkpoint()
+            yield "saved"
 
     # records without an update
 
@@ -361,6 +374,8 @@ class Applier:
         return tensors, {**meta, **self.own}
 
     def checkpoint(self) -> None:
+        # where it fails the journal has it all, and the next one is tried in its turn
+        self._owed = False
         self.folder.save(self.state.store.served.version, *self.capture())
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

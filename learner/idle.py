@@ -2,8 +2,9 @@
 
 A unit runs only when nothing waits at its boundary, and inside the engine's lock; so a request waits for the unit that
 runs and, on a CUDA device, for the one that is queued behind it. What a unit publishes is told to the engine before
-the lock is given back. When units run is decided by the clock, what they compute is not: the state afterwards is that
-of the same records applied without any pause.
+the lock is given back. A snapshot takes as long as the disk does and is a unit outside the lock. When units run is
+decided by the clock, what they compute is not: the state afterwards is that of the same records applied without any
+pause.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ogpstream.learner.apply import Report
+from ogpstream.learner.apply import SNAPSHOT, Report
 from ogpstream.learner.desk import Desk
 from ogpstream.learner.duty import DutyCycle
 from ogpstream.learner.engine import Engine, EngineBusy
@@ -91,6 +92,7 @@ class IdleLoop:
         self._wake = threading.Event()
         self._paused = False
         self._work: Generator[str, None, Report] | None = None  # the update that is half-way
+        self._saving = False  # its next unit writes a snapshot
         self._rehearses = consolidate
         self._rested = False  # nothing was left to rehearse
         self._announced = learner.version
@@ -239,6 +241,10 @@ class IdleLoop:
             return self._stand_back(impatient, waited=True)
         if self._duty.wait() > 0 or not self._next_record():
             return False
+        if self._saving:
+            # 140 ms of 8 MB beside units of 10: a request that comes now is served meanwhile
+            self._unit()
+            return True
         self._fence.wait()
         try:
             with self._engine.exclusive():
@@ -254,12 +260,13 @@ class IdleLoop:
 
     def _unit(self) -> None:
         started = self._clock()
+        saving, self._saving = self._saving, False
         with self._desk.learning() as learner:
             number = learner.queue.oldest
             if self._work is None:
                 self._work = learner.queue.apply_next()
             try:
-                next(self._work)
+                self._saving = next(self._work) == SNAPSHOT
             except StopIteration:
                 self._work, self._retry = None, RETRY[0]
             except Exception as error:
@@ -270,11 +277,14 @@ class IdleLoop:
             except BaseException:
                 self._work = None  # it is at its end, and would pass for a record that was applied
                 raise
-        self._fence.mark()
-        self._last_unit, self._ran = self._clock(), True
+        # in no request's way
+        self._last_unit, self._ran = self._clock(), not saving
         took = self._last_unit - started
         self._duty.spend(took)
-        self._done = replace(self._done, units=self._done.units + 1, longest_unit=max(self._done.longest_unit, took))
+        longest = self._done.longest_unit if saving else max(self._done.longest_unit, took)
+        self._done = replace(self._done, units=self._done.units + 1, longest_unit=longest)
+        if not saving:
+            self._fence.mark()
 
     def _answer(self) -> bool:
         work, future = self._calls[0]
@@ -331,7 +341,7 @@ class IdleLoop:
     def _drop(self) -> None:
         if self._work is not None:
             self._work.close()
-            self._work = None
+            self._work, self._saving = None, False
             self._done = replace(self._done, aborted=self._done.aborted + 1)
 
     def _applied(self, number: int, report: Report) -> None:

@@ -350,7 +350,7 @@ class StreamLearner:
             known = SampleReport(sample.id, "skipped", self.version)
         if known is not None:
             return known
-        number = self.queue.acknowledge([self._record(sample, rehearsals=0, repeats=0)])
+        number = self.queue.acknowledge([self._record(sample, rehearsals=0, repeats=self.config.repeats)])
         assert number is not None
         return number
 

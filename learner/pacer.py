@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from statistics import median
 from typing import Any, TypeVar
@@ -87,7 +87,7 @@ class Pacer:
         """What an update of these lessons trains; None if that is all of them, or there is no budget.
 
         Yields:
-            "probe", after each measurement before the first choice.
+            "probe", after each unit of the measurements before the first choice.
         """
         usable = [lesson for lesson in lessons if lesson.refusal is None]
         if self.budget_ms is None or not usable:
@@ -149,7 +149,7 @@ class Pacer:
 
     def _measure(self) -> Generator[str, None, Costs]:
         """Changes nothing, and computes with what is served."""
-        updater, watch = self._updater, self.watch
+        updater = self._updater
         walk, binding, store = updater.walk, updater.attachment.binding, updater.store
         expert, served = store.expert(next(iter(store.active))), binding.current()
         sink = updater.staging.sink(expert)
@@ -158,15 +158,12 @@ class Pacer:
         most = max(2, updater.preflight.longest(min(config.max_tokens, positions), 1))
         layers: dict[int, tuple[float, float]] = {}
 
-        def typical(*works: Callable[[], object]) -> Generator[str, None, list[float]]:
+        def typical(*works: Callable[[], Iterable[object] | None]) -> Generator[str, None, list[float]]:
             found: list[list[float]] = []
             for _ in range(_REPEATS):
-                moments = [watch.now()]
+                found.append([])
                 for work in works:
-                    work()
-                    moments.append(watch.now())
-                found.append(list(map(watch.seconds, moments, moments[1:])))
-                yield "probe"
+                    found[-1].append((yield from self._seconds(work)))
             return [median(column) for column in zip(*found, strict=True)]
 
         for tokens in sorted({min(tokens, most) for tokens in _LADDER}):
@@ -192,9 +189,8 @@ class Pacer:
             (seconds,) = yield from typical(head)
             loss.append((rows, seconds))
 
-        def step() -> None:
-            for _ in updater.proposer.run(expert, [updater.staging.sink(expert).slab]):
-                pass
+        def step() -> Iterable[object]:
+            return updater.proposer.run(expert, [updater.staging.sink(expert).slab])
 
         def publish() -> None:
             before = store.served
@@ -206,6 +202,18 @@ class Pacer:
         whole, rest = yield from typical(step, publish)
         return Costs(len(plan.calls), Line(tuple((tokens, pair[0]) for tokens, pair in layers.items())),
                      Line(tuple((tokens, pair[1]) for tokens, pair in layers.items())), Line(tuple(loss)), whole, rest)
+
+
+    def _seconds(self, work: Callable[[], Iterable[object] | None]) -> Generator[str, None, float]:
+        """Of a work that is one unit, or gives them one by one; pauses not counted."""
+        watch, since, spans = self.watch, self.watch.now(), []
+        for _ in work() or ():
+            spans.append((since, watch.now()))
+            yield "probe"
+            since = watch.now()
+        spans.append((since, watch.now()))
+        yield "probe"
+        return sum(watch.seconds(*span) for span in spans)
 
 
 class _Layer:

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-NAMES = ("forgetting", "kernels", "update", "vram")
+NAMES = ("forgetting", "kernels", "serving", "update", "vram")
 
 
 class Benchmarks(TyperGroup):
@@ -28,7 +28,8 @@ class Benchmarks(TyperGroup):
 
 def register(app: typer.Typer) -> None:
     """Add the benchmarks to the command line."""
-    group = typer.Typer(cls=Benchmarks, no_args_is_help=True, help="Measure: kernels, updates, memory, forgetting.")
+    group = typer.Typer(cls=Benchmarks, no_args_is_help=True,
+                        help="Measure: kernels, updates, memory, serving, forgetting.")
     # without a callback or a command of its own typer takes it for empty
     group.callback()(lambda: None)
     app.add_typer(group, name="bench")

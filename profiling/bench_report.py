@@ -29,6 +29,7 @@ class Picture:
     Attributes:
         sweep: the rows of this value of their column `sweep`.
         x: column along the bottom; y: columns drawn, each divided by `unit`.
+        rows: drawn in place of those of the CSV file.
     """
 
     sweep: str
@@ -36,6 +37,11 @@ class Picture:
     y: Sequence[str]
     unit: float
     label: str
+    rows: Sequence[Row] | None = None
+
+    def of(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows that are drawn, of all."""
+        return [row for row in rows if row["sweep"] == self.sweep] if self.rows is None else list(self.rows)
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -121,14 +127,14 @@ def _cell(value: Any) -> str:
 def _draw(values: dict[str, Any], pictures: Sequence[Picture], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    shown = [one for one in pictures if any(row["sweep"] == one.sweep for row in values["rows"])]
+    shown = [one for one in pictures if one.of(values["rows"])]
     figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.4), layout="constrained")
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False)[0]
     for panel, picture in zip(panels, shown, strict=False):
-        rows = [row for row in values["rows"] if row["sweep"] == picture.sweep]
+        rows = picture.of(values["rows"])
         for column in picture.y:
             panel.plot([row[picture.x] for row in rows], [row[column] / picture.unit for row in rows],
-                       marker="o", label=column)
+                       marker="o", markersize=3, label=column)
         panel.set(xlabel=picture.x, ylabel=picture.label, ylim=(0, None))
         panel.legend(fontsize=7)
     figure.suptitle(f"{values['device']}, torch {torch.__version__}", fontsize=8)

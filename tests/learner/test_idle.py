@@ -175,6 +175,51 @@ def test_nothing_runs_while_a_request_waits(make: MakeLearner) -> None:
     loop.close()
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+def test_no_request_waits_for_a_snapshot(
+    make: MakeLearner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: bool
+) -> None:
+    learner, plain = (make(tmp_path / name, snapshot_every=3, replay_every=2) for name in ("a", "b"))
+    engine, clock = Engine(), Clock()
+    loop = IdleLoop(learner, engine, hold=1.0, patience=1e9, consolidate=False, clock=clock)
+    folder = learner.queue.applier.folder
+    save, saved, held = folder.save, [], []
+
+    def slow(version: int, *state: Any) -> None:
+        held.append(engine.held)
+        clock.now += 9.0
+        # a request comes, and is served
+        engine.idle = False
+        save(version, *state)
+        saved.append(version)
+
+    monkeypatch.setattr(folder, "save", slow)
+    for seed in range(8):
+        loop.submit(_sample(seed))
+    while learner.pending:
+        loop.tick()
+        if dropped and loop._saving and not loop.status().aborted:
+            # between the update and its snapshot, which is made when the record is taken up again
+            engine.idle = False
+            clock.now += 1.5
+            loop.tick()
+            assert (loop.status().aborted, loop._saving, saved) == (1, False, [])
+        if not engine.idle:
+            units = loop.status().units
+            assert not loop.tick() and loop.status().units == units
+            engine.idle = True
+    status = loop.status()
+    assert len(saved) == 4 and not any(held)
+    # it was in no request's way, and the lock was not held
+    assert (status.waits, status.longest_unit) == (dropped, 0.0)
+    loop.close()
+    monkeypatch.undo()
+    for seed in range(8):
+        plain.learn_one(_sample(seed))
+    assert learner.state_sha256() == plain.state_sha256()
+    assert learner.versions() == plain.versions() == saved[-2:]
+
+
 def test_an_update_that_stands_back_too_long_gives_its_memory_back(make: MakeLearner) -> None:
     learner, engine, clock = make(), Engine(), Clock()
     loop = IdleLoop(learner, engine, hold=2.0, patience=50.0, clock=clock)

@@ -29,7 +29,7 @@ class Machine:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.speed = 0.0, 1.0
-        for name, cost in (("lora_forward", 0.5e-6), ("lora_backward", 1e-6)):
+        for name, cost in (("lora_forward", 0.5e-6), ("lora_backward_samples", 1e-6)):
             patch.setattr(dispatch, name, self._timed(getattr(dispatch, name), cost))
 
     def _timed(self, real: Callable[..., Any], cost: float) -> Callable[..., Any]:
@@ -111,6 +111,22 @@ def test_an_update_fits_its_budget_and_says_how(
     assert len(told) == (budget == 0.001)
 
 
+def test_no_measurement_is_longer_than_a_unit_of_the_longest_sample(make: MakeLearner, machine: Machine) -> None:
+    learner = make(budget=1e3)
+
+    def units() -> Iterator[tuple[str, float]]:
+        before = machine.now
+        for unit in learner.step(_sample(0, prompt=250)):
+            yield unit, machine.now - before
+            before = machine.now
+
+    took = list(units())
+    longest = max(seconds for unit, seconds in took if unit != "probe")
+    # the backward of a layer
+    assert longest == pytest.approx(SITES * 1e-6 * 256)
+    assert max(seconds for unit, seconds in took if unit == "probe") <= longest * (1 + 1e-9)
+
+
 def test_pauses_between_units_do_not_count(make: MakeLearner, machine: Machine) -> None:
     learner = make(budget=1e3)
     for seed in range(2):
@@ -126,6 +142,7 @@ def test_pauses_between_units_do_not_count(make: MakeLearner, machine: Machine) 
         assert ("probe" in units) == (seed == 0)
         assert report.pace is not None and report.tokens == 106
         assert report.pace.actual_ms == pytest.approx(_ms(106, LAYERS), rel=1e-6)
+        assert report.pace.predicted_ms == pytest.approx(_ms(106, LAYERS), rel=1e-6)
 
 
 def test_it_follows_a_machine_that_becomes_slower(make: MakeLearner, machine: Machine) -> None:

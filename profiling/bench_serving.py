@@ -1,0 +1,199 @@
+"""`ogpstream bench serving`: what requests feel of learning, with and without it in turns on the same requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ogpstream.learner import OgpStreamError, Sample, StreamLearner
+from ogpstream.learner.pretrained import load_pretrained
+from ogpstream.profiling import demo_corrections
+from ogpstream.profiling.bench_report import Picture, Row, device_named, fail, prepare, table, write
+from ogpstream.profiling.gpu_timer import percentile
+from ogpstream.profiling.load import Server
+from ogpstream.profiling.serving_run import LOAD, Run, check, run
+from ogpstream.profiling.vram import llama_config
+
+# ids that a sample's completion has of all
+SUPERVISED = 4
+
+
+def random_model(device: torch.device, layers: int | None, width: int | None, vocabulary: int | None, seed: int
+                 ) -> PreTrainedModel:
+    """Llama's architecture with random weights: 7M parameters in float32 on a CPU, TinyLlama-1.1B's on a GPU."""
+    small = device.type == "cpu"
+    width = width or (256 if small else 2048)
+    heads = width // 64
+    architecture = llama_config(
+        layers=layers or (4 if small else 22), width=width, inner=11 * width // 4, heads=heads,
+        key_heads=max(1, heads // 8), vocabulary=vocabulary or (8000 if small else 32000),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    with torch.device(device):
+        dtype = torch.float32 if small else torch.bfloat16
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    return model.eval()
+
+
+def random_ids(vocabulary: int, count: int, seed: int) -> Iterator[list[int]]:
+    """Lists of `count` ids, without end."""
+    numbers = random.Random(seed)
+    while True:
+        yield [numbers.randrange(1, vocabulary) for _ in range(count)]
+
+
+def random_samples(vocabulary: int, tokens: int, seed: int) -> Iterator[Sample]:
+    """Samples of so many ids, a quarter of them supervised, without end."""
+    begin = tokens - max(1, tokens // SUPERVISED)
+    for ids in random_ids(vocabulary, tokens, seed):
+        yield Sample(prompt_ids=tuple(ids[:begin]), completion_ids=tuple(ids[begin:]))
+
+
+def demo_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Ids of the test wordings of the demo's corrections, again and again."""
+    while True:
+        for one in demo_corrections.corrections():
+            if one.split == "test":
+                yield tokenizer(one.prompt)["input_ids"]
+
+
+def demo_samples(seed: int) -> Iterator[Sample]:
+    """The demo's corrections, again and again in another order; an id would have them learned once."""
+    while True:
+        yield from (Sample(one.prompt, one.completion) for one in demo_corrections.stream(seed))
+        seed += 1
+
+
+def summary(done: Run, checked: Sequence[Row]) -> Row:
+    """The fields of the JSON line. Percentiles are of milliseconds; TTFT and tokens/s of the blocks of both phases."""
+    off = [row for row in done.rows if row["phase"] == "off"]
+    on = [row for row in done.rows if row["phase"] == "on"]
+    both = {row["block"] for row in off}
+    paired = [row for row in on if row["block"] in both]
+    found: Row = {}
+    for name, rows in (("off", off), ("on", paired)):
+        found |= {f"ttft_p{q}_{name}": percentile([row["ttft_ms"] for row in rows], q) for q in (50, 99)}
+        seconds = sum(row["generation_ms"] for row in rows) / 1e3
+        found[f"tokens_per_s_{name}"] = sum(row["tokens"] for row in rows) / seconds
+    waits = [row["wait_ms"] for row in on]
+    paces = [report.pace for report in done.reports if report.pace is not None]
+    learned = [report for report in done.reports if report.status == "learned"]
+    return found | {
+        "ratio_p99": found["ttft_p99_on"] / found["ttft_p99_off"], "updates": len(learned), "max_wait_ms": max(waits),
+        "wait_ms_p50": percentile(waits, 50), "wait_ms_p99": percentile(waits, 99),
+        "wait_ms_p99_off": percentile([row["wait_ms"] for row in off], 99),
+        "update_ms_p50": percentile([pace.actual_ms for pace in paces], 50) if paces else None,
+        "limited": sum(pace.limited for pace in paces) / len(paces) if paces else None,
+        "longest_unit_ms": 1e3 * done.status.longest_unit, "longest_wait_units": done.status.longest_wait,
+        "versions": len({row["version"] for row in on}), "requests": len(done.rows), "requests_on": len(on),
+        "served_per_s": done.rate, "load": LOAD, "rejected": len(done.reports) - len(learned),
+        "out_of_memory": sum(report.out_of_memory for report in done.reports), "failures": done.status.failures,
+        "checked": len(checked), "wrong": sum(not row["equal"] for row in checked),
+        "told_apart": sum(row["tells_apart"] for row in checked),
+    }  # fmt: skip
+
+
+def distribution(rows: Sequence[Row]) -> list[Row]:
+    """TTFT that each percent of the requests of a phase stays under, milliseconds; for the picture."""
+    by_phase = {phase: [row["ttft_ms"] for row in rows if row["phase"] == phase] for phase in ("off", "on")}
+    return [{"percent": q, **{name: percentile(times, q) for name, times in by_phase.items()}} for q in range(101)]
+
+
+def bench_serving(
+    device: Annotated[str, typer.Option(help="cuda or cpu; by default the GPU where there is one")] = "",
+    model: Annotated[str | None, typer.Option(help="folder or hub id, which learns the demo's corrections; by default "
+                                              "random weights, 1.1B on a GPU, and random samples")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="L of random weights; by default 4, on a GPU 22")] = None,
+    width: Annotated[int | None, typer.Option(min=64, help="d; by default 256, and 2048")] = None,
+    vocabulary: Annotated[int | None, typer.Option(min=100, help="by default 8000, and 32000")] = None,
+    tokens: Annotated[int, typer.Option(min=2, max=1024, help="T of a random sample, a quarter supervised")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, max=1024, help="ids of a random prompt")] = 64,
+    new: Annotated[int, typer.Option(min=1, max=512, help="tokens of a reply")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="of each phase")] = 200,
+    updates: Annotated[int, typer.Option(min=0, help="phase on goes on until so many samples are learned")] = 0,
+    cap_mib: Annotated[int | None, typer.Option(min=1, help="MiB of a GPU's memory that the process has")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder for serving.csv and serving.png")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")] = False,
+) -> None:
+    """Time to first token with and without learning, waits for units, and whether replies are of their versions."""
+    on = device_named(device)
+    if width is not None and width % 64:
+        fail(f"--width is {width}: use a multiple of 64, the width of an attention head", 2)
+    if cap_mib is not None:
+        _cap(cap_mib, on)
+    prepare(out)
+    try:
+        from transformers.cli.serving.utils import InferenceThread
+    except ImportError as error:
+        fail(f"the generate thread of transformers needs what its server needs ({error}): pip install "
+             "'transformers[serving]'", 1)
+    console = Console(stderr=True)
+
+    def tell(served: int, learned: int) -> None:
+        console.print(f"{served} requests of phase on, {learned} samples learned", highlight=False)
+
+    transformers_logging.set_verbosity_error()
+    try:
+        if model is None:
+            base, tokenizer = random_model(on, layers, width, vocabulary, seed), None
+            samples = random_samples(base.config.vocab_size, tokens, seed + 1)
+            prompts: Iterator[list[int]] = random_ids(base.config.vocab_size, prompt, seed + 2)
+        else:
+            base, tokenizer = load_pretrained(model, device=on.type)
+            samples, prompts = demo_samples(seed), demo_prompts(tokenizer)
+        # journal and snapshots as beside a real server, whose requests feel them too
+        with TemporaryDirectory() as state:
+            learner = StreamLearner(base, tokenizer, state_dir=state)
+            learner.warm_up()
+            server = Server(learner, InferenceThread(), new)
+            done = run(server, prompts, samples, requests=requests, updates=updates, seed=seed, on_block=tell)
+            checked = check(server, done.kept)
+            learner.close()
+    except torch.OutOfMemoryError as error:
+        fail(f"no memory for the model or a request: {str(error).splitlines()[0]}; raise --cap-mib, or use a smaller "
+             "model", 1)
+    except OgpStreamError as error:
+        fail(str(error), error.exit_status)
+    values = {**summary(done, checked), "parameters": sum(p.numel() for p in base.parameters()), "cap_mib": cap_mib,
+              **_memory(on), "device": on.type if on.type == "cpu" else torch.cuda.get_device_name(on),
+              "threads": torch.get_num_threads(), "rows": done.rows}
+    typer.echo("\n".join(table([{"phase": name, **{key: values[f"{key}_{name}"] for key in (
+        "ttft_p50", "ttft_p99", "tokens_per_s")}} for name in ("off", "on")], [
+            "phase", "ttft_p50", "ttft_p99", "tokens_per_s"])), err=as_json)  # fmt: skip
+    typer.echo(f"waits of phase on: median {values['wait_ms_p50']:.2f} ms, 99 of 100 {values['wait_ms_p99']:.2f}, "
+               f"longest {values['max_wait_ms']:.2f}; {values['updates']} updates, {values['versions']} versions "
+               f"served, {len(checked) - values['wrong']} of {len(checked)} replies made again alike", err=as_json)
+    write(values, "serving", [Picture("", "percent", ("off", "on"), 1.0, "time to first token, ms",
+                                      distribution(done.rows))], out, as_json=as_json)
+    if values["wrong"]:
+        versions = ", ".join(str(row["version"]) for row in checked if not row["equal"])
+        fail(f"{values['wrong']} of {len(checked)} replies are not of the version that they name: {versions}", 1)
+    if done.status.failures:
+        fail(f"the learner failed, and the run ended there: {done.status.last_error}", 1)
+
+
+def _cap(mib: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        fail("--cap-mib bounds the memory of a GPU: leave it out on a CPU", 2)
+    total = torch.cuda.get_device_properties(device).total_memory / 2**20
+    if mib > total:
+        fail(f"--cap-mib is {mib}: the GPU has {total:.0f} MiB", 2)
+    torch.cuda.set_per_process_memory_fraction(mib / total)
+
+
+def _memory(device: torch.device) -> Row:
+    """Peaks of the allocator, without the CUDA context: what it took from the GPU, and what of it was in use."""
+    if device.type == "cpu":
+        return {"peak_mib": None, "peak_allocated_mib": None}
+    return {"peak_mib": torch.cuda.max_memory_reserved(device) / 2**20,
+            "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / 2**20}
