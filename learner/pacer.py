@@ -73,6 +73,8 @@ class Pacer:
         self._budget_ms: float | None = None
         self.watch = Stopwatch(updater.attachment.model.device)
         self._costs: Costs | None = None
+        # seconds of each repetition of a measurement
+        self._measured: dict[tuple[str, int, int], list[list[float]]] = {}
         self._told = False
 
     @property
@@ -158,12 +160,15 @@ class Pacer:
         most = max(2, updater.preflight.longest(min(config.max_tokens, positions), 1))
         layers: dict[int, tuple[float, float]] = {}
 
-        def typical(*works: Callable[[], Iterable[object] | None]) -> Generator[str, None, list[float]]:
-            found: list[list[float]] = []
-            for _ in range(_REPEATS):
-                found.append([])
+        def typical(what: tuple[str, int, int], *works: Callable[[], Iterable[object] | None]
+                    ) -> Generator[str, None, list[float]]:
+            # kept where the measurements are aborted: beside a busy server they would never come to their end
+            found = self._measured.setdefault(what, [])
+            while len(found) < _REPEATS:
+                times = []
                 for work in works:
-                    found[-1].append((yield from self._seconds(work)))
+                    times.append((yield from self._seconds(work)))
+                found.append(times)
             return [median(column) for column in zip(*found, strict=True)]
 
         for tokens in sorted({min(tokens, most) for tokens in _LADDER}):
@@ -172,7 +177,7 @@ class Pacer:
             sums = (0.0, 0.0)
             for index, count in layer_kinds(plan).items():
                 layer = _Layer(plan, index, lambda: recording(binding, served, [sink]))
-                forward, backward = yield from typical(layer.forward, layer.backward)
+                forward, backward = yield from typical(("layer", tokens, index), layer.forward, layer.backward)
                 sums = sums[0] + count * forward, sums[1] + count * backward
             layers[tokens] = sums[0] / len(plan.calls), sums[1] / len(plan.calls)
             if self.budget_ms is not None and 1e3 * sum(layers[tokens]) > self.budget_ms:
@@ -186,7 +191,7 @@ class Pacer:
                 with recording(binding, served, [sink]):
                     loss_gradient(walk, plan, plan.hidden[:, target], target, rows)
 
-            (seconds,) = yield from typical(head)
+            (seconds,) = yield from typical(("loss", rows, 0), head)
             loss.append((rows, seconds))
 
         def step() -> Iterable[object]:
@@ -199,10 +204,9 @@ class Pacer:
             finally:
                 store.served = before
 
-        whole, rest = yield from typical(step, publish)
+        whole, rest = yield from typical(("step", 0, 0), step, publish)
         return Costs(len(plan.calls), Line(tuple((tokens, pair[0]) for tokens, pair in layers.items())),
                      Line(tuple((tokens, pair[1]) for tokens, pair in layers.items())), Line(tuple(loss)), whole, rest)
-
 
     def _seconds(self, work: Callable[[], Iterable[object] | None]) -> Generator[str, None, float]:
         """Of a work that is one unit, or gives them one by one; pauses not counted."""

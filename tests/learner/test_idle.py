@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 
 from ogpstream.learner import EngineBusy, IdleLoop, LearnerConfig, Sample, SampleError, StateError, StreamLearner
@@ -20,7 +21,7 @@ MakeLearner = Callable[..., StreamLearner]
 
 QUICK: dict[str, Any] = dict(
     rank=2, lr=0.02, target_modules=("q_proj", "down_proj"), basis_columns=16, warm_start=False, learned_below=100.0,
-    learned_share=0.0, settled_below=0.0, ring_samples=8, replay_every=4,
+    learned_share=0.0, settled_below=0.0, ring_samples=8, replay_every=4, repeats=0,
 )
 
 
@@ -101,6 +102,21 @@ def _finish(loop: IdleLoop) -> int:
     while loop.tick():
         ticks += 1
     return ticks
+
+
+def test_a_correction_is_updated_until_it_counts_as_learned(make: MakeLearner) -> None:
+    changes: dict[str, Any] = dict(repeats=9, learned_below=4.0, rehearsals=0, replay_every=0)
+    learner, plain, engine = make(**changes), make(**changes), Engine()
+    loop = IdleLoop(learner, engine, hold=1.0)
+    future = loop.submit(_sample(0))
+    _finish(loop)
+    (report,) = plain.learn_batch([_sample(0)])
+    assert future.result().updates == report.updates and 2 < report.updates < 10 and future.result().sticks
+    assert learner.state.store.served.version == plain.state.store.served.version == report.updates + 1
+    factors = [one.state.store.expert("default").factors for one in (learner, plain)]
+    assert torch.equal(*factors)
+    # no version is announced that is not the newest by then
+    assert engine.versions == sorted(engine.versions)
 
 
 # interruptions
