@@ -76,7 +76,10 @@ class LearnerConfig:
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
     second_look: bool = True  # one of them is the sample before, so that each can soon count as learned
-    repeats: int = 3  # further updates of a new sample in `learn` and `learn_batch`, until it counts as learned
+    # further updates of a new sample, one after the other until it counts as learned, wherever samples are taken by
+    # more than one (`learn_one` and `step` make one): 8 let 89 % of corrections stick at once where none lets 22 %, but
+    # over a long stream 3 forget more (accuracy .76 for .79)
+    repeats: int = 0
     rehearsal_batch: int = 2  # old samples in one update of `consolidate`
 
     # samples
@@ -147,7 +150,7 @@ class LearnerConfig:
     def literal(cls, **changes: Any) -> LearnerConfig:
         """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
         spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", warm_start=False,
-                                    novelty=0.5, settled_below=0.0, rehearsals=0, repeats=0)
+                                    novelty=0.5, settled_below=0.0, rehearsals=0)
         return cls(**{**spec, **changes})
 
     @classmethod

@@ -72,8 +72,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     kill_at = sum(sizes) // 2
     # the end of the domain in which the kill falls: what comes after it is equal for equal states
     compared = next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= kill_at)
-    # repeats would act here as a higher rate does, more accuracy for less retention, at 1.5 x the evaluations
-    config = LearnerConfig(ring_samples=RING, base_anchor=BASE_ANCHOR, repeats=0, seed=seed)
+    config = LearnerConfig(ring_samples=RING, base_anchor=BASE_ANCHOR, seed=seed)
     threads = max(1, _cores() // 2)
     work = out / "work"
     shutil.rmtree(work, ignore_errors=True)

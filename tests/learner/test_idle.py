@@ -21,7 +21,7 @@ MakeLearner = Callable[..., StreamLearner]
 
 QUICK: dict[str, Any] = dict(
     rank=2, lr=0.02, target_modules=("q_proj", "down_proj"), basis_columns=16, warm_start=False, learned_below=100.0,
-    learned_share=0.0, settled_below=0.0, ring_samples=8, replay_every=4, repeats=0,
+    learned_share=0.0, settled_below=0.0, ring_samples=8, replay_every=4,
 )
 
 

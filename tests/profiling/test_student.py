@@ -4,7 +4,7 @@ import torch
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.profiling.student import LearnerStudent
 
-SMALL = LearnerConfig(rehearsals=1, repeats=0, ring_samples=4, warm_samples=2, warm_tokens=8, directions_per_sample=0)
+SMALL = LearnerConfig(rehearsals=1, ring_samples=4, warm_samples=2, warm_tokens=8, directions_per_sample=0)
 
 
 def _student(tiny_model, tiny_tokenizer, config=SMALL, **kwargs):
@@ -39,8 +39,7 @@ def test_nothing_is_covered_without_the_fold(tiny_model, tiny_tokenizer):
 
 
 def test_alone_every_evaluation_goes_to_the_latest_samples(tiny_model, tiny_tokenizer):
-    config = LearnerConfig(guard="none", warm_start=False, rehearsals=0, repeats=0, replay_every=0,
-                           settled_below=0.0)
+    config = LearnerConfig(guard="none", warm_start=False, rehearsals=0, replay_every=0, settled_below=0.0)
     student = _student(tiny_model, tiny_tokenizer, config, alone=2)
     taken = []
     learn_one = student.learner.learn_one

@@ -54,8 +54,7 @@ class Watched:
 @pytest.fixture
 def build(tiny_model, tiny_tokenizer):
     def make(kind, *, strength=None, **changes) -> Watched:
-        # a rule is checked on single updates
-        config = LearnerConfig(**{"rank": 2, "lr": 1e-2, "ring_samples": 6, "rehearsals": 2, "repeats": 0, **changes})
+        config = LearnerConfig(**{"rank": 2, "lr": 1e-2, "ring_samples": 6, "rehearsals": 2, **changes})
         return Watched(kind(tiny_model("llama", torch.float64), tiny_tokenizer, config, strength=strength))
 
     return make
