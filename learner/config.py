@@ -76,9 +76,8 @@ class LearnerConfig:
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
     second_look: bool = True  # one of them is the sample before, so that each can soon count as learned
-    # further updates of a new sample, one after the other until it counts as learned, wherever samples are taken by
-    # more than one (`learn_one` and `step` make one): 8 let 89 % of corrections stick at once where none lets 22 %, but
-    # over a long stream 3 forget more (accuracy .76 for .79)
+    # further updates of a new sample in `learn`, `learn_batch` and an idle loop, until it counts as learned: with 8 of
+    # them 90 % of corrections stick at once, without 22 %; but over a long stream 3 forget more (accuracy .76 for .79)
     repeats: int = 0
     rehearsal_batch: int = 2  # old samples in one update of `consolidate`
 
