@@ -22,12 +22,13 @@ from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
 from ogpstream.learner.pace import Choice
 from ogpstream.learner.pacer import Pacer
+from ogpstream.learner.recall import Recall
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import Lesson, NoRoom, Updater
-from ogpstream.memory.replay import Slot, SlotFlag
+from ogpstream.memory.replay import Slot
 
 Record = dict[str, Any]
 Report = SampleReport | RehearsalReport | None
@@ -35,10 +36,10 @@ Report = SampleReport | RehearsalReport | None
 # the unit before a snapshot: what follows it writes the state down, and touches neither model nor device
 SNAPSHOT = "snapshot"
 
-_log = logging.getLogger(__name__)
-
 # number of updates after which none of a record is left to do
 ENDED = 2**31
+
+_log = logging.getLogger(__name__)
 
 
 class Applier:
@@ -52,6 +53,7 @@ class Applier:
 
     Attributes:
         pacer: the time budget of the updates.
+        recall: which old samples come back.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Applier:
         self.own = own
         self.acknowledge = acknowledge
         self.pacer = Pacer(updater)
+        self.recall = Recall(state, config)
         self._owed = False  # a snapshot
 
     def apply(self, record: Record) -> Generator[str, None, Report]:
@@ -94,7 +97,7 @@ class Applier:
         updates: list[Update] = []
         new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
-            slots = self._companions(record["rehearsals"], record["expert"])
+            slots = self.recall.companions(record["rehearsals"], record["expert"])
             update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
             new = self._limited(new, record, 0)
@@ -112,7 +115,7 @@ class Applier:
             counters.learned += 1
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
-            self._note(slots, update, first=1)
+            self.recall.note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
             for place in (ring, self.state.waiting):
                 slot = place.add(new.ids, new.prompt_length, expert=record["expert"], uid=counters.acknowledged)
@@ -141,7 +144,7 @@ class Applier:
         while 0 < self.state.position.done <= repeats:
             update = yield from self._update(record, record["expert"], [new])
             updates.append(update)
-            self._note_again(update)
+            self.recall.note_newest(update)
             self._commit(gradients=1, last=update.learned[0] or update.refusal is not None)
             yield from self._save()
 
@@ -177,10 +180,10 @@ class Applier:
     ) -> Generator[str, None, Update]:
         """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
         unrehearsed = self.state.unrehearsed() if waiting else []
-        slots = unrehearsed[:1] or self._draw(1, but=but)
-        slots += self._draw(count - 1, expert=slots[0].expert, but=slots)
+        slots = unrehearsed[:1] or self.recall.draw(1, but=but)
+        slots += self.recall.draw(count - 1, expert=slots[0].expert, but=slots)
         update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
-        self._note(slots, update, first=0)
+        self.recall.note(slots, update, first=0)
         self._commit(gradients=len(slots))
         yield from self._save()
         return update
@@ -225,49 +228,6 @@ class Applier:
     def _bos(self) -> int | None:
         bos: int | None = self.updater.attachment.model.config.get_text_config().bos_token_id
         return bos
-
-    def _companions(self, count: int, expert: str) -> list[Slot]:
-        """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
-        if count == 0:
-            return []
-        if not self.config.second_look:
-            return self._draw(count, expert=expert)
-        waiting = [slot for slot in map(self.state.waiting.get, self.state.waiting.pending()) if slot.expert == expert]
-        slots = waiting[:1]
-        return slots + self._draw(count - len(slots), expert=expert, but=slots)
-
-    def _draw(self, count: int, *, expert: str | None = None, but: Sequence[Slot] = ()) -> list[Slot]:
-        # numbered by what is committed, so that an aborted update draws the same samples again
-        ring, number = self.state.ring, 2 * self.state.counters.updates + bool(but)
-        exclude = [slot for slot in (ring.find(other.uid) for other in but) if slot is not None]
-        return [ring.get(slot) for slot in ring.draw(count, counter=number, expert=expert, exclude=exclude)]
-
-    def _note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
-        """Mark rehearsed samples with what their lessons, from number `first` on, showed."""
-        ring, waiting = self.state.ring, self.state.waiting
-        for at, sample in enumerate(slots, first):
-            waits, slot = waiting.find(sample.uid), ring.find(sample.uid)
-            if waits is not None:
-                waiting.evict(waits)
-            if slot is None:
-                continue
-            flags = SlotFlag.REHEARSED | (SlotFlag.LEARNED if update.learned[at] else SlotFlag(0))
-            if math.isfinite(update.losses[at]) and math.isfinite(update.gradient_norms[at]):
-                ring.mark(slot, flags, loss=update.losses[at], gradient_norm=update.gradient_norms[at], updates=1)
-            else:
-                ring.mark(slot, flags)
-
-    def _note_again(self, update: Update) -> None:
-        """Mark the newest sample with what an update of it alone showed; once learned, it waits for no rehearsal."""
-        if update.refusal is not None:
-            return
-        flags = SlotFlag.REHEARSED | SlotFlag.LEARNED if update.learned[0] else SlotFlag(0)
-        for place in (self.state.ring, self.state.waiting):
-            slot = place.find(self.state.counters.acknowledged)
-            if slot is not None:
-                place.mark(slot, flags, loss=update.losses[0], gradient_norm=update.gradient_norms[0], updates=1)
-                if flags and place is self.state.waiting:
-                    place.evict(slot)
 
     def _commit(self, *, gradients: int, last: bool = False) -> None:
         """One update of the current record is in the state; after every so many a snapshot is owed.

@@ -1,0 +1,63 @@
+"""Old samples for updates: which ones come back, and what is noted of them afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.report import Update
+from ogpstream.learner.state import LearnerState
+from ogpstream.memory.replay import Slot, SlotFlag
+
+
+class Recall:
+    """Draws samples from the ring of a state, and marks there what their updates showed."""
+
+    def __init__(self, state: LearnerState, config: LearnerConfig) -> None:
+        self.state = state
+        self.config = config
+
+    def companions(self, count: int, expert: str) -> list[Slot]:
+        """Old samples for the update of a new one: the one that waits for its first rehearsal, and random ones."""
+        if count == 0:
+            return []
+        if not self.config.second_look:
+            return self.draw(count, expert=expert)
+        waiting = [slot for slot in map(self.state.waiting.get, self.state.waiting.pending()) if slot.expert == expert]
+        slots = waiting[:1]
+        return slots + self.draw(count - len(slots), expert=expert, but=slots)
+
+    def draw(self, count: int, *, expert: str | None = None, but: Sequence[Slot] = ()) -> list[Slot]:
+        """So many random samples, or all there are, of one expert or of any."""
+        # numbered by what is committed, so that an aborted update draws the same samples again
+        ring, number = self.state.ring, 2 * self.state.counters.updates + bool(but)
+        exclude = [slot for slot in (ring.find(other.uid) for other in but) if slot is not None]
+        return [ring.get(slot) for slot in ring.draw(count, counter=number, expert=expert, exclude=exclude)]
+
+    def note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
+        """Mark rehearsed samples with what their lessons, from number `first` on, showed."""
+        ring, waiting = self.state.ring, self.state.waiting
+        for at, sample in enumerate(slots, first):
+            waits, slot = waiting.find(sample.uid), ring.find(sample.uid)
+            if waits is not None:
+                waiting.evict(waits)
+            if slot is None:
+                continue
+            flags = SlotFlag.REHEARSED | (SlotFlag.LEARNED if update.learned[at] else SlotFlag(0))
+            if math.isfinite(update.losses[at]) and math.isfinite(update.gradient_norms[at]):
+                ring.mark(slot, flags, loss=update.losses[at], gradient_norm=update.gradient_norms[at], updates=1)
+            else:
+                ring.mark(slot, flags)
+
+    def note_newest(self, update: Update) -> None:
+        """Mark the newest sample with what an update of it alone showed; once learned, it waits for no rehearsal."""
+        if update.refusal is not None:
+            return
+        flags = SlotFlag.REHEARSED | SlotFlag.LEARNED if update.learned[0] else SlotFlag(0)
+        for place in (self.state.ring, self.state.waiting):
+            slot = place.find(self.state.counters.acknowledged)
+            if slot is not None:
+                place.mark(slot, flags, loss=update.losses[0], gradient_norm=update.gradient_norms[0], updates=1)
+                if flags and place is self.state.waiting:
+                    place.evict(slot)
