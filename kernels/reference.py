@@ -222,13 +222,12 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         loss_sum, a scalar in nats in the dtype accumulated in, and dlogits `[n, V]` in the dtype of logits.
     """
-    dtype = logits.dtype
-    logits = logits.to(_wide(logits))
+    wide = _wide(logits)
     row = torch.arange(len(target), device=target.device)
     # not exp(log_softmax): where logits lie 100 apart its denormal results take ten times as long
-    dlogits = torch.softmax(logits, dim=-1)
+    dlogits = torch.softmax(logits, dim=-1, dtype=wide)
     largest, at = logits.max(dim=-1)
     # the largest probability is at least 1 / V, so its logarithm is exact enough for the logsumexp
-    loss_sum = (largest - dlogits[row, at].log() - logits[row, target]).sum()
+    loss_sum = (largest.to(wide) - dlogits[row, at].log() - logits[row, target].to(wide)).sum()
     dlogits[row, target] -= 1
-    return loss_sum, dlogits.to(dtype)
+    return loss_sum, dlogits.to(logits.dtype)

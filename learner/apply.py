@@ -33,11 +33,8 @@ from ogpstream.memory.replay import Slot
 Record = dict[str, Any]
 Report = SampleReport | RehearsalReport | None
 
-# the unit before a snapshot: what follows it writes the state down, and touches neither model nor device
-SNAPSHOT = "snapshot"
-
-# number of updates after which none of a record is left to do
-ENDED = 2**31
+# the unit before one that only writes to the state folder, and touches neither model nor device
+WRITES = "writes"
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +70,8 @@ class Applier:
         self.acknowledge = acknowledge
         self.pacer = Pacer(updater)
         self.recall = Recall(state, config)
+        # number of a record of a sample, and its updates so far
+        self._made: tuple[int, list[Update]] = (0, [])
         self._owed = False  # a snapshot
 
     def apply(self, record: Record) -> Generator[str, None, Report]:
@@ -93,8 +92,11 @@ class Applier:
     def _sample(self, record: Record) -> Generator[str, None, SampleReport]:
         started = time.perf_counter()
         counters, ring = self.state.counters, self.state.ring
-        loss, reason = None, None
-        updates: list[Update] = []
+        reason = None
+        # of the same record, where it was aborted between two of its updates
+        updates = self._made[1] if self._made[0] == record["seq"] else []
+        self._made = record["seq"], updates
+        loss = updates[0].losses[0] if updates else None
         new = Lesson(record["ids"], record["prompt_length"], again=False)
         if self.state.position.done == 0:
             slots = self.recall.companions(record["rehearsals"], record["expert"])
@@ -127,7 +129,7 @@ class Applier:
         count, sticks = len(updates), updates[-1].learned[0] if len(updates) > 1 else None
         # rehearsal in the same update takes the place of the replayed sample after every 16th
         every = 0 if record["rehearsals"] else self.config.replay_every
-        if every and counters.learned % every == 0 and self.state.position.done == 1:
+        if every and counters.learned % every == 0 and self.state.position.done == 1 + _repeats(record):
             newest = ring.find(counters.acknowledged)
             new_one = [] if newest is None else [ring.get(newest)]
             if len(ring) > len(new_one):
@@ -138,14 +140,15 @@ class Applier:
 
     def _repeat(self, record: Record, updates: list[Update]) -> Generator[str, None, None]:
         """Update a new sample again until it counts as learned, at most `repeats` times."""
-        # records of earlier releases have none
-        repeats = record.get("repeats", 0)
+        repeats = _repeats(record)
         new = Lesson(record["ids"], record["prompt_length"], again=True)
         while 0 < self.state.position.done <= repeats:
             update = yield from self._update(record, record["expert"], [new])
             updates.append(update)
             self.recall.note_newest(update)
-            self._commit(gradients=1, last=update.learned[0] or update.refusal is not None)
+            # what comes after the last one has its number, whether or not all of them were made
+            over = update.learned[0] or update.refusal is not None
+            self._commit(gradients=1, done=1 + repeats if over else None)
             yield from self._save()
 
     def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
@@ -161,6 +164,8 @@ class Applier:
 
     def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
         updates: list[Update] = []
+        # owed where it was aborted after an update
+        yield from self._save()
         while self.state.position.done < record["updates"] and len(self.state.ring):
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
             updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
@@ -197,7 +202,9 @@ class Applier:
             if choice is not None:
                 # how fast this machine is, is no part of the state: the journal says what was done about it. An
                 # update that leaves out nothing needs no record, since none is left out where there is no budget
+                yield WRITES
                 self.acknowledge([{"kind": "pace", "of": record["seq"], "done": done, **choice._asdict()}])
+                yield "written"
         while True:
             choice = self._choice(record, done)
             layers = None if choice is None else choice.layers
@@ -209,7 +216,9 @@ class Applier:
             except NoRoom as error:
                 tokens = error.tokens
             # how much memory there is, is no part of the state: the journal says what was done about it
+            yield WRITES
             self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
+            yield "written"
 
     def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
         """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
@@ -229,14 +238,14 @@ class Applier:
         bos: int | None = self.updater.attachment.model.config.get_text_config().bos_token_id
         return bos
 
-    def _commit(self, *, gradients: int, last: bool = False) -> None:
+    def _commit(self, *, gradients: int, done: int | None = None) -> None:
         """One update of the current record is in the state; after every so many a snapshot is owed.
 
         Args:
-            last: the record's, though more were allowed.
+            done: updates of the record that need not be made again; by default one more than before.
         """
         counters = self.state.counters
-        self.state.position.done = ENDED if last else self.state.position.done + 1
+        self.state.position.done = self.state.position.done + 1 if done is None else done
         counters.updates += 1
         counters.gradients += gradients
         self._owed |= counters.updates % self.config.snapshot_every == 0
@@ -244,9 +253,9 @@ class Applier:
     def _save(self) -> Generator[str, None, None]:
         """The snapshot that is owed, in a unit of its own; aborted before, it is owed still."""
         if self._owed:
-            yield SNAPSHOT
+            yield WRITES
             self.checkpoint()
-            yield "saved"
+            yield "written"
 
     # records without an update
 
@@ -352,6 +361,12 @@ class Applier:
                          meta["environment"], self.own["environment"])
         self.state.restore(tensors, meta)
         self.updater.attachment.binding.served = self.state.store.served
+
+
+def _repeats(record: Record) -> int:
+    # records of earlier releases have none
+    repeats: int = record.get("repeats", 0)
+    return repeats
 
 
 def _lesson(slot: Slot) -> Lesson:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ogpstream.learner.apply import SNAPSHOT, Report
+from ogpstream.learner.apply import WRITES, Report
 from ogpstream.learner.desk import Desk
 from ogpstream.learner.duty import DutyCycle
 from ogpstream.learner.engine import Engine, EngineBusy
@@ -92,7 +92,7 @@ class IdleLoop:
         self._wake = threading.Event()
         self._paused = False
         self._work: Generator[str, None, Report] | None = None  # the update that is half-way
-        self._saving = False  # its next unit writes a snapshot
+        self._writing = False  # its next unit writes a snapshot
         self._rehearses = consolidate
         self._rested = False  # nothing was left to rehearse
         self._announced = learner.version
@@ -241,7 +241,7 @@ class IdleLoop:
             return self._stand_back(impatient, waited=True)
         if self._duty.wait() > 0 or not self._next_record():
             return False
-        if self._saving:
+        if self._writing:
             # 140 ms of 8 MB beside units of 10: a request that comes now is served meanwhile
             self._unit()
             return True
@@ -260,13 +260,13 @@ class IdleLoop:
 
     def _unit(self) -> None:
         started = self._clock()
-        saving, self._saving = self._saving, False
+        writing, self._writing = self._writing, False
         with self._desk.learning() as learner:
             number = learner.queue.oldest
             if self._work is None:
                 self._work = learner.queue.apply_next()
             try:
-                self._saving = next(self._work) == SNAPSHOT
+                self._writing = next(self._work) == WRITES
             except StopIteration:
                 self._work, self._retry = None, RETRY[0]
             except Exception as error:
@@ -278,12 +278,12 @@ class IdleLoop:
                 self._work = None  # it is at its end, and would pass for a record that was applied
                 raise
         # in no request's way
-        self._last_unit, self._ran = self._clock(), not saving
+        self._last_unit, self._ran = self._clock(), not writing
         took = self._last_unit - started
         self._duty.spend(took)
-        longest = self._done.longest_unit if saving else max(self._done.longest_unit, took)
+        longest = self._done.longest_unit if writing else max(self._done.longest_unit, took)
         self._done = replace(self._done, units=self._done.units + 1, longest_unit=longest)
-        if not saving:
+        if not writing:
             self._fence.mark()
 
     def _answer(self) -> bool:
@@ -341,7 +341,7 @@ class IdleLoop:
     def _drop(self) -> None:
         if self._work is not None:
             self._work.close()
-            self._work, self._saving = None, False
+            self._work, self._writing = None, False
             self._done = replace(self._done, aborted=self._done.aborted + 1)
 
     def _applied(self, number: int, report: Report) -> None:

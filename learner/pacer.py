@@ -92,29 +92,38 @@ class Pacer:
             "probe", after each unit of the measurements before the first choice.
         """
         usable = [lesson for lesson in lessons if lesson.refusal is None]
-        if self.budget_ms is None or not usable:
+        # as it is now: it may be set anew while this is paused
+        budget = self.budget_ms
+        if budget is None or not usable:
             return None
         if self._costs is None:
-            self._costs = yield from self._measure()
+            try:
+                self._costs = yield from self._measure()
+            except torch.OutOfMemoryError:
+                # not even the shortest fits now: the update itself knows how to go on in a smaller way
+                pass
+            if self._costs is None:
+                self._give_back()
+                return None
         costs, longest = self._costs, max(lesson.prompt_length for lesson in usable)
 
         def seconds(choice: Choice) -> float:
             kept = [lesson.asking(choice.prompt, bos) for lesson in usable]
             return costs.predict(self._loads(kept, choice.layers), choice.layers)
 
-        choice, predicted = choose(longest, costs.depth, seconds, _AIM * self.budget_ms / 1e3)
-        if predicted * 1e3 > self.budget_ms and not self._told:
+        choice, predicted = choose(longest, costs.depth, seconds, _AIM * budget / 1e3)
+        if predicted * 1e3 > budget and not self._told:
             self._told = True
             _log.warning("an update fits in no way into %.3g ms: the least one, of the top layer and one id of each "
                          "prompt, is predicted to take %.3g ms; it is made, and so are later ones, without a word",
-                         self.budget_ms, predicted * 1e3)
+                         budget, predicted * 1e3)
         return None if choice == (longest, costs.depth) else choice
 
     def timed(self, work: Generator[str, None, T], lessons: Sequence[Lesson], choice: Choice | None
               ) -> Generator[str, None, tuple[T, Pace | None]]:
         """Drive an update of these lessons, which are cut already, and learn from it what it costs."""
-        costs = self._costs
-        if self.budget_ms is None or costs is None:
+        costs, budget = self._costs, self.budget_ms
+        if budget is None or costs is None:
             return (yield from work), None
         layers = costs.depth if choice is None else choice.layers
         usable = [lesson for lesson in lessons if lesson.refusal is None]
@@ -143,7 +152,7 @@ class Pacer:
             costs.observe(loads, layers, took)
         tokens = max((len(lesson.ids) for lesson in usable), default=0)
         return result, Pace(choice is not None, tokens, layers, costs.depth, predicted * 1e3, actual * 1e3,
-                            self.budget_ms)
+                            budget)
 
     def _loads(self, lessons: Sequence[Lesson], layers: int) -> list[Load]:
         return [Load(tokens, tuple(lesson.rows for lesson in group), _again(plan, layers))
@@ -172,14 +181,23 @@ class Pacer:
             return [median(column) for column in zip(*found, strict=True)]
 
         for tokens in sorted({min(tokens, most) for tokens in _LADDER}):
-            with binding.using(served):
-                plan = walk.plan(torch.zeros(1, tokens, dtype=torch.long, device=device))
-            sums = (0.0, 0.0)
-            for index, count in layer_kinds(plan).items():
-                layer = _Layer(plan, index, lambda: recording(binding, served, [sink]))
-                forward, backward = yield from typical(("layer", tokens, index), layer.forward, layer.backward)
-                sums = sums[0] + count * forward, sums[1] + count * backward
-            layers[tokens] = sums[0] / len(plan.calls), sums[1] / len(plan.calls)
+            forwards = backwards = 0.0
+            try:
+                with binding.using(served):
+                    tried = walk.plan(torch.zeros(1, tokens, dtype=torch.long, device=device))
+                for index, count in layer_kinds(tried).items():
+                    layer = _Layer(tried, index, lambda: recording(binding, served, [sink]))
+                    forward, backward = yield from typical(("layer", tokens, index), layer.forward, layer.backward)
+                    forwards, backwards = forwards + count * forward, backwards + count * backward
+                plan = tried
+                layers[tokens] = forwards / len(plan.calls), backwards / len(plan.calls)
+            except torch.OutOfMemoryError:
+                if not layers:
+                    raise
+            if tokens not in layers:
+                # the lines go on beyond their last point
+                self._give_back()
+                break
             if self.budget_ms is not None and 1e3 * sum(layers[tokens]) > self.budget_ms:
                 # nothing that is longer can be chosen
                 break
@@ -207,6 +225,11 @@ class Pacer:
         whole, rest = yield from typical(("step", 0, 0), step, publish)
         return Costs(len(plan.calls), Line(tuple((tokens, pair[0]) for tokens, pair in layers.items())),
                      Line(tuple((tokens, pair[1]) for tokens, pair in layers.items())), Line(tuple(loss)), whole, rest)
+
+    def _give_back(self) -> None:
+        """What was computed when memory ran out, to the device."""
+        if self._updater.attachment.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _seconds(self, work: Callable[[], Iterable[object] | None]) -> Generator[str, None, float]:
         """Of a work that is one unit, or gives them one by one; pauses not counted."""

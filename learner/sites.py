@@ -72,6 +72,9 @@ class AdaptedLinear(LoraLinear):
     def adapt(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         """y `[..., D_out]`, and h `[T, R]` for the backward."""
         y: Tensor = self.base_layer(x)
+        if self.base_layer._forward_hooks:
+            # a hook may keep what it was given, or have given what it keeps
+            y = y.clone()
         _, h = dispatch.lora_forward(x.reshape(-1, x.shape[-1]), pack.A, pack.B, pack.scale,
                                      onto=y.view(-1, y.shape[-1]))
         return y, h

@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from ogpstream.learner import ConfigError, LearnerConfig
+from ogpstream.learner import LearnerConfig
 from ogpstream.learner.config import LearningState
 from ogpstream.profiling import memory_table
 from ogpstream.profiling.bench_report import Picture, Row, chosen, each, fail, measured, prepare, table, write
@@ -98,10 +98,7 @@ def bench_vram(
         rows = [geometry.row(name) for name, geometry in each(cases, lambda case: f"{case[0]}, {case[1]}")]
         return {**rows[0], "ours_ms_p50": None, "rows": rows}
 
-    try:
-        values = measured(measure)
-    except ConfigError as error:
-        fail(str(error), 2)
+    values = measured(measure)
     typer.echo("\n".join(table(values["rows"], [
         "sweep", "L", "T", "experts", "m", "updates", "learner_state_bytes", "resident_state_bytes",
         "activation_peak_bytes", "choice",

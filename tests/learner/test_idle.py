@@ -214,12 +214,12 @@ def test_no_request_waits_for_a_snapshot(
         loop.submit(_sample(seed))
     while learner.pending:
         loop.tick()
-        if dropped and loop._saving and not loop.status().aborted:
+        if dropped and loop._writing and not loop.status().aborted:
             # between the update and its snapshot, which is made when the record is taken up again
             engine.idle = False
             clock.now += 1.5
             loop.tick()
-            assert (loop.status().aborted, loop._saving, saved) == (1, False, [])
+            assert (loop.status().aborted, loop._writing, saved) == (1, False, [])
         if not engine.idle:
             units = loop.status().units
             assert not loop.tick() and loop.status().units == units

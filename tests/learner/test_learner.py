@@ -198,6 +198,36 @@ def test_a_new_sample_of_a_batch_is_updated_until_it_counts_as_learned(make: Mak
     assert again.updates == 1 and again.sticks is None
 
 
+def test_an_abort_between_repeats_is_not_seen_in_the_report(make: MakeLearner) -> None:
+    whole, aborted = (make(repeats=6, rehearsals=0, replay_every=1, learned_below=3.0) for _ in range(2))
+    for learner in (whole, aborted):
+        learner.learn_one(_sample(1))
+    (want,) = whole.learn_batch([_sample(0)])
+    aborted.accept(_sample(0))
+    reports: list[SampleReport] = []
+    while not reports:
+        # each attempt is closed after the first unit beyond a committed update
+        units, done = aborted.queue.apply_next(), aborted.state.position.done
+        try:
+            while aborted.state.position.done <= done:
+                next(units)
+            next(units)
+            units.close()
+        except StopIteration as end:
+            reports.append(end.value)
+    (got,) = reports
+    assert (got.updates, got.sticks, got.loss) == (want.updates, True, want.loss) and want.updates > 2
+
+
+@pytest.mark.parametrize("repeats", [0, 2])
+def test_a_repeated_sample_brings_back_an_old_one_too(make: MakeLearner, repeats: int) -> None:
+    learner = make(repeats=repeats, rehearsals=0, replay_every=2, learned_below=1e-9)
+    for seed in range(6):
+        learner.accept(_sample(seed))
+    learner.drain()
+    assert learner.state.counters.updates == 6 * (1 + repeats) + 3
+
+
 def test_repeats_go_on_where_a_kill_left_them(
     make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

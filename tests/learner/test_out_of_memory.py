@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ogpstream.learner import LearnerConfig, Sample, SampleError, StreamLearner, step
+from ogpstream.learner import LearnerConfig, Sample, SampleError, StreamLearner, pacer, step
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.update import Lesson
 from ogpstream.learner.walk import LayerCall, run_layer
@@ -267,3 +267,24 @@ def test_what_a_version_needs_is_taken_before_masters_change(
     assert states == [before]
     assert learner.state_sha256() == whole.state_sha256()
     assert (learner.state.protection.columns > columns) == learned
+
+
+@pytest.mark.parametrize("room", [8, 40])
+def test_with_a_time_budget_what_cannot_be_measured_is_learned_all_the_same(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """Not even 16 tokens fit, or 16 and not 64, the lengths that the time budget measures."""
+    learner = _learner(tiny_model, samples=0)
+
+    def run(call: LayerCall, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[1] > room:
+            raise torch.OutOfMemoryError("injected")
+        return run_layer(call, hidden)
+
+    monkeypatch.setattr(pacer, "run_layer", run)
+    learner.update_budget_ms = 1e6
+    with _room_for(room):
+        report = learner.learn_one(_sample(0, prompt=2))
+    assert report.status == "learned" and report.tokens == 8
+    # without a measurement there is no choice to tell of
+    assert (report.pace is None) == (room < 16)

@@ -399,3 +399,16 @@ def test_a_copied_model_has_its_own_binding(llama: tf.PreTrainedModel) -> None:
     torch.testing.assert_close(reference, llama(_ids()).logits)
     attachment.binding.served = None
     assert torch.equal(twin(_ids()).logits, reference)
+
+
+def test_what_a_hook_on_the_linear_gives_is_not_written_to(llama: tf.PreTrainedModel) -> None:
+    attachment = attach(llama, rank=3)
+    _serve(attachment)
+    site = attachment.sites[0]
+    x = torch.randn(2, 5, site.shape.d_in, dtype=torch.float64)
+    plain = site.module(x)
+    kept = site.module.base_layer(x).clone()
+    before = kept.clone()
+    with site.module.base_layer.register_forward_hook(lambda module, args, output: kept):
+        assert torch.equal(site.module(x), plain)
+    assert torch.equal(kept, before) and not torch.equal(plain, before)
