@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ogpstream.learner import OgpStreamError, Sample, StreamLearner
+from ogpstream.learner import LearnerConfig, OgpStreamError, Sample, StreamLearner
 from ogpstream.learner.pretrained import load_pretrained
 from ogpstream.profiling import demo_corrections
 from ogpstream.profiling.bench_report import Picture, Row, device_named, fail, prepare, table, write
@@ -25,6 +25,9 @@ from ogpstream.profiling.vram import llama_config
 
 # ids that a sample's completion has of all
 SUPERVISED = 4
+# random samples are never known, so each one counts as learned in its second update: P grows and held parts are cut,
+# which are the longest units that there are
+GROWING = LearnerConfig(repeats=1, learned_below=1e9, learned_share=0.0)
 
 
 def random_model(device: torch.device, layers: int | None, width: int | None, vocabulary: int | None, seed: int
@@ -97,6 +100,7 @@ def summary(done: Run, checked: Sequence[Row]) -> Row:
         "versions": len({row["version"] for row in on}), "requests": len(done.rows), "requests_on": len(on),
         "served_per_s": done.rate, "load": LOAD, "rejected": len(done.reports) - len(learned),
         "out_of_memory": sum(report.out_of_memory for report in done.reports), "failures": done.status.failures,
+        "admitted": sum(report.admitted for report in done.reports),
         "checked": len(checked), "wrong": sum(not row["equal"] for row in checked),
         "told_apart": sum(row["tells_apart"] for row in checked),
     }  # fmt: skip
@@ -145,15 +149,15 @@ def bench_serving(
     transformers_logging.set_verbosity_error()
     try:
         if model is None:
-            base, tokenizer = random_model(on, layers, width, vocabulary, seed), None
+            base, tokenizer, config = random_model(on, layers, width, vocabulary, seed), None, GROWING
             samples = random_samples(base.config.vocab_size, tokens, seed + 1)
             prompts: Iterator[list[int]] = random_ids(base.config.vocab_size, prompt, seed + 2)
         else:
-            base, tokenizer = load_pretrained(model, device=on.type)
+            (base, tokenizer), config = load_pretrained(model, device=on.type), LearnerConfig()
             samples, prompts = demo_samples(seed), demo_prompts(tokenizer)
         # journal and snapshots as beside a real server, whose requests feel them too
         with TemporaryDirectory() as state:
-            learner = StreamLearner(base, tokenizer, state_dir=state)
+            learner = StreamLearner(base, tokenizer, config, state_dir=state)
             learner.warm_up()
             server = Server(learner, InferenceThread(), new)
             done = run(server, prompts, samples, requests=requests, updates=updates, seed=seed, on_block=tell)

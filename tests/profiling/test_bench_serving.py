@@ -75,7 +75,7 @@ def test_the_fields_come_from_the_times() -> None:
 
     def report(status: Any, actual: float, limited: bool, out_of_memory: int = 0) -> SampleReport:
         pace = Pace(limited, 8, 1, 2, actual, actual, 500.0)
-        return SampleReport(None, status, 1, pace=pace, out_of_memory=out_of_memory)
+        return SampleReport(None, status, 1, pace=pace, out_of_memory=out_of_memory, admitted=5)
 
     rows = [*(row("off", 0, float(ms), 0.5, 1) for ms in range(101)),
             *(row("on", 0, 2.0 * ms, ms / 10, 1 + ms // 50) for ms in range(101)),
@@ -93,7 +93,7 @@ def test_the_fields_come_from_the_times() -> None:
     assert (found["updates"], found["rejected"], found["out_of_memory"]) == (3, 1, 2)
     assert (found["update_ms_p50"], found["limited"], found["longest_unit_ms"]) == (300.0, 0.25, 250.0)
     assert (found["versions"], found["requests"], found["requests_on"]) == (4, 203, 102)
-    assert (found["checked"], found["wrong"], found["told_apart"]) == (2, 1, 1)
+    assert (found["checked"], found["wrong"], found["told_apart"], found["admitted"]) == (2, 1, 1, 20)
     quantiles = distribution(rows)
     assert quantiles[99]["off"] == 99.0 and quantiles[100]["on"] == 5000.0
 
@@ -150,6 +150,8 @@ def test_bench_serving(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     values = json.loads(done.stdout.splitlines()[-1])
     assert values.keys() >= FIELDS
+    # growth, the longest unit, takes part
+    assert values["admitted"] > 0
     assert values["updates"] >= 2 and values["failures"] == values["wrong"] == 0 < values["checked"]
     assert values["ratio_p99"] == values["ttft_p99_on"] / values["ttft_p99_off"]
     assert values["peak_mib"] is None and values["device"] == "cpu"
