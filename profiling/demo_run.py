@@ -39,7 +39,7 @@ EVERY = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
 RATES = {"ogp": 3e-3, "replay1": 1e-3, "sequential": 5e-4}
 # stronger than the default: a base of 2M parameters uses every direction it has
-BASE_ANCHOR = 4e-2
+BASE_ANCHOR = 3e-2
 HELD_OUT = 96
 
 
