@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def write(values: dict[str, Any], name: str, pictures: Sequence[Picture], out: P
     """CSV and picture into a folder, if one is given, and the JSON line; each with versions, device and command."""
     on = torch.device("cuda" if torch.cuda.is_available() and values["device"] != "cpu" else "cpu")
     # a row that names its own device, such as one that is not there, keeps it
-    where = {**environment(on), "command": " ".join(["ogpstream", *sys.argv[1:]])}
+    where = {**environment(on), "command": shlex.join(["ogpstream", *sys.argv[1:]])}
     values = {**where, **values}
     if out is not None:
         rows = [{**where, **row} for row in values["rows"]]

@@ -55,7 +55,7 @@ class BaseRecipe:
     hidden: int = 512  # inner width of the feed-forward layers
     window: int = 128  # tokens of a training window, BOS among them, and the model's positions
     batch: int = 8  # windows of a step
-    steps: int = 600  # 1000 have perplexity 43; on the corrections both end alike (profiling/README.md), in 110 s less
+    steps: int = 600  # 1000 have perplexity 43, take 110 s more, and retain less of the base (profiling/README.md)
     warmup: int = 40
     lr: float = 2e-2  # peak of AdamW, for embeddings and norms; 400 steps: perplexity 69, with 3e-3 85
     matrix_lr: float = 0.02  # peak of Muon, for all other weights
