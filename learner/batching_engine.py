@@ -25,6 +25,9 @@ class BatchingEngine:
         ConfigError: transformers before 5.18, whose manager has no `pause`.
     """
 
+    # requests lie one after the other in one row, decoded ones with a single token
+    looks_at_prompts = False
+
     def __init__(self, manager: Any) -> None:
         if not hasattr(manager, "pause"):
             raise ConfigError(f"continuous batching of transformers {transformers.__version__} cannot be paused: "

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,31 @@ from torch.utils.hooks import RemovableHandle
 
 from ogpstream.memory.adapters import Served
 from ogpstream.memory.layout import Layout
+
+if TYPE_CHECKING:
+    from ogpstream.learner.gate import Answering, Gate
+
+
+@dataclass(frozen=True)
+class Share:
+    """A version that rows of a batch are computed with.
+
+    Attributes:
+        rows: which ones, `[B, 1, 1]`; None is all.
+    """
+
+    served: Served
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Pin:
+    """A version of one binding, pinned; in a forward with what its rows are computed with."""
+
+    binding: Binding
+    served: Served | None
+    shares: tuple[Share, ...] | None = None
+    answering: Answering | None = None
 
 
 class GradientSink:
@@ -51,7 +77,7 @@ class GradientSink:
 
 
 # the versions pinned in this thread or task, the innermost last
-_pins: ContextVar[tuple[tuple[Binding, Served | None], ...]] = ContextVar("ogpstream_pins", default=())
+_pins: ContextVar[tuple[_Pin, ...]] = ContextVar("ogpstream_pins", default=())
 
 
 class Binding:
@@ -60,28 +86,42 @@ class Binding:
     Replace `served` by one assignment. A forward of the whole model keeps the version it started with; for
     one version over several forwards (a generation with its cache), pin it by `using`. `sinks` receive the
     gradients of the forwards that recorded them while they were set: one of the whole forward, or one for each row
-    of its batch, all of one expert.
+    of its batch, all of one expert. `gate` looks at the prompts of a forward of the whole model; None lets all experts
+    answer all of them.
     """
 
     def __init__(self, served: Served | None = None) -> None:
         self.served = served
         self.sinks: tuple[GradientSink, ...] = ()
+        self.gate: Gate | None = None
 
     def current(self) -> Served | None:
         """The version for this thread and moment; None is the bare base model."""
-        for binding, served in reversed(_pins.get()):
-            if binding is self:
-                return served
-        return self.served
+        pin = self._pin()
+        return self.served if pin is None else pin.served
+
+    def shares(self) -> tuple[Share, ...]:
+        """What the rows of the present forward are computed with; none of it is the bare base model."""
+        pin = self._pin()
+        if pin is not None and pin.shares is not None:
+            return pin.shares
+        served = self.served if pin is None else pin.served
+        return () if served is None else (Share(served),)
+
+    def _pin(self) -> _Pin | None:
+        return next((pin for pin in reversed(_pins.get()) if pin.binding is self), None)
 
     @contextmanager
-    def using(self, served: Served | None) -> Iterator[None]:
+    def using(self, served: Served | None, shares: tuple[Share, ...] | None = None) -> Iterator[None]:
         """Pin a version, or the base model by None, for this thread or task.
+
+        Args:
+            shares: what every forward computes with; None lets the gate look at its prompts.
 
         Not across a `yield` of a generator, which would leave the pin to whoever resumes it.
         """
         outer = _pins.get()
-        _pins.set((*outer, (self, served)))
+        _pins.set((*outer, _Pin(self, served, shares)))
         try:
             yield
         finally:
@@ -91,12 +131,23 @@ class Binding:
         """Hook a model so that each of its forwards keeps one version; remove the handles to undo it."""
         # first of all pre-hooks, so that `_leave` never runs without `_enter`
         return (
-            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         )
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        _pins.set((*_pins.get(), (self, self.current())))
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        outer, served = self._pin(), self.current()
+        pin = _Pin(self, served, None if outer is None else outer.shares)
+        try:
+            if pin.shares is None and served is not None and self.gate is not None:
+                # the ids are the first argument of every decoder of transformers
+                inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+                pin = _Pin(self, served, *self.gate.shares(served, inputs))
+        finally:
+            _pins.set((*_pins.get(), pin))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        pin = _pins.get()[-1]
         _pins.set(_pins.get()[:-1])
+        if self.gate is not None and pin.answering is not None:
+            self.gate.remember(getattr(output, "past_key_values", None), pin.answering)

@@ -14,6 +14,7 @@ Optimizer = Literal["adam", "sgd"]
 Guard = Literal["fold", "gradient", "none"]
 BasisScope = Literal["layer", "shared"]
 LearningState = Literal["lean", "resident"]
+ServedTo = Literal["scope", "all"]
 RingKeep = Literal["recent", "reservoir", "balanced"]
 RingDraw = Literal["uniform", "loss", "gradient_norm"]
 
@@ -34,6 +35,7 @@ class LearnerConfig:
     alpha: float = 16.0  # scaling = alpha / rank
     target_modules: str | tuple[str, ...] | None = "all-linear"  # as in PEFT; None is PEFT's choice for the model
     max_active: int = 2  # experts on the device at once; the least recently used one leaves
+    served_to: ServedTo = "scope"  # prompts like the learned ones; others get the base model. "all" serves all prompts
 
     # optimizer
     optimizer: Optimizer = "adam"
@@ -99,7 +101,7 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("optimizer", "guard", "basis_scope", "ring_keep", "ring_draw", "learning_state"):
+        for name in ("optimizer", "guard", "basis_scope", "served_to", "ring_keep", "ring_draw", "learning_state"):
             allowed = get_args(hints[name])
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")

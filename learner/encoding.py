@@ -1,10 +1,11 @@
 """From a sample to the token ids of one update, and where their supervised part begins."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ogpstream.learner.errors import ConfigError
-from ogpstream.learner.samples import Sample, one_line, refuse, shown
+from ogpstream.learner.samples import Message, Sample, one_line, refuse, shown
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,22 @@ def encode(sample: Sample, tokenizer: Any, *, vocab_size: int, max_tokens: int, 
     return Encoded(tuple(prompt + completion), len(prompt), sample.expert, cut)
 
 
+def encode_prompt(prompt: str | Sequence[Message] | Sequence[int], tokenizer: Any) -> list[int]:
+    """Ids of a prompt as a sample of it has them, before any cut; ids stay as they are.
+
+    Raises:
+        SampleError: a chat that the template cannot render.
+        ConfigError: text or a chat, and no tokenizer.
+    """
+    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+        return list(cast(Sequence[int], prompt))
+    if tokenizer is None:
+        raise ConfigError("the learner was made without a tokenizer: give the prompt as ids")
+    if isinstance(prompt, str):
+        return _leading_ids(tokenizer) + _tokenize(tokenizer, prompt)
+    return _rendered(list(cast(Sequence[Message], prompt)), tokenizer, add_generation_prompt=True)
+
+
 def cut_prompt(prompt: list[int], cut: int, head: int) -> list[int]:
     """A prompt without `cut` ids of its left, where the first `head` ids stay as far as there is room for them."""
     head = min(head, len(prompt) - cut)
@@ -71,13 +88,13 @@ def _split(sample: Sample, tokenizer: Any, append_eos: bool) -> tuple[list[int],
     if sample.prompt_ids is not None and sample.completion_ids is not None:
         prompt, completion = list(sample.prompt_ids), list(sample.completion_ids)
     elif isinstance(sample.prompt, str):
-        lead = _leading_ids(tokenizer)
+        prompt = encode_prompt(sample.prompt, tokenizer)
         completion = _tokenize(tokenizer, str(sample.completion))
         if append_eos:
             if tokenizer.eos_token_id is None:
                 raise ConfigError("append_eos is set, but the tokenizer has no end token; unset it")
             completion.append(tokenizer.eos_token_id)
-        return lead + _tokenize(tokenizer, sample.prompt), completion, len(lead)
+        return prompt, completion, len(_leading_ids(tokenizer))
     else:
         prompt, completion = _render(sample, tokenizer)
     return prompt, completion, int(prompt[:1] == [getattr(tokenizer, "bos_token_id", None)])
@@ -96,19 +113,23 @@ def _leading_ids(tokenizer: Any) -> list[int]:
 
 
 def _render(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
+    assert isinstance(sample.prompt, list) and isinstance(sample.completion, list)
+    prompt = encode_prompt(sample.prompt, tokenizer)
+    whole = _rendered(sample.prompt + sample.completion, tokenizer)
+    if whole[: len(prompt)] != prompt:
+        refuse("the chat template changes the prompt once it is answered", "give prompt and completion as text")
+    return prompt, whole[len(prompt) :]
+
+
+def _rendered(messages: list[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         refuse("messages, but the tokenizer has no chat template", "give prompt and completion as text")
-    assert isinstance(sample.prompt, list) and isinstance(sample.completion, list)
-    options = {"tokenize": True, "return_dict": False}
     try:
-        prompt = list(tokenizer.apply_chat_template(sample.prompt, add_generation_prompt=True, **options))
-        whole = list(tokenizer.apply_chat_template(sample.prompt + sample.completion, **options))
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=True,
+                                                  return_dict=False))
     except ImportError as error:
         raise ConfigError(f"chat templates need a package that is missing: {error}") from error
     except Exception as error:
         # a template is a program of the model's makers and may raise anything, often on purpose (order of
         # roles)
         refuse(f"the chat template refuses it: {one_line(str(error))}", "change the messages, or give text")
-    if whole[: len(prompt)] != prompt:
-        refuse("the chat template changes the prompt once it is answered", "give prompt and completion as text")
-    return prompt, whole[len(prompt) :]

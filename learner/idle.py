@@ -24,7 +24,7 @@ from ogpstream.learner.apply import WRITES, Report
 from ogpstream.learner.desk import Desk
 from ogpstream.learner.duty import DutyCycle
 from ogpstream.learner.engine import Engine, EngineBusy
-from ogpstream.learner.errors import StateError
+from ogpstream.learner.errors import ConfigError, StateError
 from ogpstream.learner.fence import Fence
 from ogpstream.learner.learner import StreamLearner
 from ogpstream.learner.pace import check_budget
@@ -59,7 +59,8 @@ class IdleLoop:
         clock: seconds, monotonic; units are timed by it too, but those on a CUDA device.
 
     Raises:
-        ConfigError: the duty cycle or the budget is out of range.
+        ConfigError: the duty cycle or the budget is out of range, or the engine packs requests and `served_to` of the
+            learner is "scope".
         StateError: another loop drives this learner.
     """
 
@@ -76,6 +77,9 @@ class IdleLoop:
         poll: float = 0.005,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if learner.config.served_to == "scope" and not getattr(engine, "looks_at_prompts", True):
+            raise ConfigError(f"{type(engine).__name__} packs requests, so that no prompt can be looked at: make the "
+                              "learner with served_to = 'all'")
         self._duty = DutyCycle(duty, clock)
         budget = check_budget(update_budget_ms)
         self._desk = Desk(learner)

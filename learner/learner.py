@@ -18,13 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpstream.learner import peft_io, warmstart
 from ogpstream.learner.apply import Record, Report
+from ogpstream.learner.binding import Share
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.encoding import Encoded, encode
+from ogpstream.learner.encoding import Encoded, encode, encode_prompt
 from ogpstream.learner.errors import ConfigError, ModelError, SampleError, StateError
 from ogpstream.learner.folder import StateFolder
+from ogpstream.learner.gate import Gate
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import EXPERT_NAME, Refused, Sample, refuse
+from ogpstream.learner.samples import EXPERT_NAME, Message, Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
 from ogpstream.learner.update import Updater
@@ -139,6 +141,9 @@ class StreamLearner:
         positions = getattr(text, "max_position_embeddings", None) or SLOT_TOKENS
         self.max_tokens: int = min(config.max_tokens, positions, SLOT_TOKENS)
         self.state = LearnerState.fresh(self.attachment, config)
+        if config.served_to == "scope":
+            self.state.scope.warm_up()
+            self.attachment.binding.gate = Gate(self.state.scope, batches=self.attachment.batches)
         self._updater = Updater(self.attachment, self.state.store, self.state.protection, config)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
@@ -188,15 +193,38 @@ class StreamLearner:
         return served.version
 
     @contextmanager
-    def pinned(self) -> Iterator[int]:
+    def pinned(self, prompt: str | Sequence[Message] | Sequence[int] | None = None) -> Iterator[int]:
         """Keep the served version for this thread or task, whatever is published meanwhile; gives its number.
 
         For a generation, whose forwards share a cache. Not across a `yield` of a generator.
+
+        Args:
+            prompt: what is asked, as in a `Sample` or as ids, where a forward does not read all of it, since a part is
+                in a cache already: the experts that answer it then answer every forward. None looks at each one's
+                `input_ids`.
+        """
+        binding = self.attachment.binding
+        served = binding.current()
+        assert served is not None
+        shares = None
+        if prompt is not None and binding.gate is not None:
+            one = binding.gate.only(served, frozenset(self.answering(prompt)))
+            shares = () if one is None else (Share(one),)
+        with binding.using(served, shares):
+            yield served.version
+
+    def answering(self, prompt: str | Sequence[Message] | Sequence[int]) -> tuple[str, ...]:
+        """The served experts that answer a prompt, as in a `Sample` or as ids; none of them is the base model.
+
+        With `served_to` "all" these are all. Else an expert answers prompts like those that it learned: see `Scope`.
         """
         served = self.attachment.binding.current()
         assert served is not None
-        with self.attachment.binding.using(served):
-            yield served.version
+        if self.config.served_to == "all":
+            return served.experts
+        ids = encode_prompt(prompt, self.tokenizer)
+        names = self.state.scope.answering(ids, served.experts)
+        return tuple(name for name in served.experts if name in names)
 
     @property
     def experts(self) -> tuple[str, ...]:

@@ -59,25 +59,39 @@ class AdaptedLinear(LoraLinear):
         """`[..., D_in]` to `[..., D_out]`."""
         if args or kwargs:
             raise TypeError("an adapted linear takes its input and nothing else")
-        served = self.binding.current()
-        pack = None if served is None else served.packs[self.index]
-        if pack is None or pack.A.shape[1] == 0:
+        shares = [(pack, share.rows) for share in self.binding.shares()
+                  if (pack := share.served.packs[self.index]).A.shape[1]]
+        if not shares:
             result: Tensor = self.base_layer(x)
         elif torch.is_grad_enabled() and x.requires_grad:
+            (pack, rows), *others = shares
+            if others or rows is not None:
+                raise StateError("a batch of prompts that different experts answer has no gradient: pass them one by "
+                                 "one, or set scope to 'all'")
             result = _Adapted.apply(x, self, pack, self.binding.sinks)
         else:
-            result, _ = self.adapt(x, pack)
+            result = self.frozen(x)
+            for pack, rows in shares:
+                # rows that it does not answer get an exact 0
+                self.add(x if rows is None else x * rows, pack, result)
         return result
 
     def adapt(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
         """y `[..., D_out]`, and h `[T, R]` for the backward."""
+        y = self.frozen(x)
+        return y, self.add(x, pack, y)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The frozen linear of x, to be written to."""
         y: Tensor = self.base_layer(x)
-        if self.base_layer._forward_hooks:
-            # a hook may keep what it was given, or have given what it keeps
-            y = y.clone()
+        # a hook may keep what it was given, or have given what it keeps
+        return y.clone() if self.base_layer._forward_hooks else y
+
+    def add(self, x: Tensor, pack: Pack, y: Tensor) -> Tensor:
+        """Add what a pack makes of x to y, in place; h `[T, R]`."""
         _, h = dispatch.lora_forward(x.reshape(-1, x.shape[-1]), pack.A, pack.B, pack.scale,
                                      onto=y.view(-1, y.shape[-1]))
-        return y, h
+        return h
 
     def base_input_gradient(self, g: Tensor) -> Tensor:
         """`[T, D_in]` for g = dL/dy `[T, D_out]`, of the frozen linear alone."""

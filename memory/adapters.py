@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,24 @@ class Served:
     gates: tuple[float, ...]
     packs: tuple[Pack, ...]
     made_of: Sources | None = field(default=None, repr=False, compare=False)
+
+    def only(self, names: Collection[str]) -> Served:
+        """This version with the other experts' gates at 0: the same matrices, new scales."""
+        assert self.made_of is not None
+        ranks = [pack.stop - pack.start for pack in self.packs[0].trained.values()]
+        scales: dict[int, Tensor] = {}
+        packs = []
+        for index, pack in enumerate(self.packs):
+            # packs of one version share a scale where their columns are alike
+            if id(pack.scale) not in scales:
+                held = [parts[index].rank for _, parts in self.made_of.experts]
+                owners = [name for widths in (ranks, held) for name, width in zip(self.experts, widths, strict=True)
+                          for _ in range(width)]
+                owners += [""] * (len(pack.scale) - len(owners))
+                kept = torch.tensor([name in names for name in owners], device=pack.scale.device)
+                scales[id(pack.scale)] = torch.where(kept, pack.scale, 0.0)
+            packs.append(replace(pack, scale=scales[id(pack.scale)]))
+        return replace(self, packs=tuple(packs))
 
 
 class AdapterStore:

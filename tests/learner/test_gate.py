@@ -1,0 +1,237 @@
+"""What a request is answered with: the expert where it learned such prompts, the base model elsewhere, bit for bit."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from ogpstream.learner import BatchingEngine, ConfigError, IdleLoop, LearnerConfig, Sample, StateError, StreamLearner
+from ogpstream.memory.adapters import Served
+
+TinyModel = Callable[..., tf.PreTrainedModel]
+
+LENGTH = 12
+END = [7, 8, 9, 10]  # of every question
+
+
+def _prompt(seed: int, topic: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(11 + 30 * topic, 41 + 30 * topic, (LENGTH - 4,), generator=generator).tolist()
+    return [*ids, *END]
+
+
+def _teach(learner: StreamLearner, *, expert: str = "default", topic: int = 0) -> None:
+    for seed in range(6):
+        learner.learn_one(Sample(prompt_ids=_prompt(seed, topic), completion_ids=[95, 96], expert=expert))
+
+
+@pytest.fixture(params=["llama", "gemma2", "gpt2"])
+def learner(request: pytest.FixtureRequest, tiny_model: TinyModel) -> StreamLearner:
+    """Has learned prompts of topic 0."""
+    made = StreamLearner(tiny_model(request.param), config=LearnerConfig(rank=3, lr=0.05, warm_start=False))
+    _teach(made)
+    return made
+
+
+@pytest.fixture
+def llama(tiny_model: TinyModel) -> StreamLearner:
+    made = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, lr=0.05, warm_start=False))
+    _teach(made)
+    return made
+
+
+@torch.no_grad()
+def _logits(learner: StreamLearner, rows: list[list[int]], **inputs: Any) -> Tensor:
+    logits: Tensor = learner.model(input_ids=torch.tensor(rows), **inputs).logits
+    return logits
+
+
+def _with(learner: StreamLearner, served: Served | None, rows: list[list[int]]) -> Tensor:
+    """With a version for every row, whatever it asks."""
+    binding, gate = learner.attachment.binding, learner.attachment.binding.gate
+    binding.gate = None
+    try:
+        with binding.using(served):
+            return _logits(learner, rows)
+    finally:
+        binding.gate = gate
+
+
+def _expert(learner: StreamLearner, rows: list[list[int]]) -> Tensor:
+    return _with(learner, learner.state.store.served, rows)
+
+
+def _base(learner: StreamLearner, rows: list[list[int]]) -> Tensor:
+    return _with(learner, None, rows)
+
+
+def test_only_prompts_like_the_learned_ones_are_answered_by_the_expert(learner: StreamLearner) -> None:
+    inside, outside = [_prompt(3)], [_prompt(3, topic=2)[:-4] + [41, 42, 43, 44]]
+    assert learner.answering(inside[0]) == ("default",) and learner.answering(outside[0]) == ()
+    assert torch.equal(_logits(learner, inside), _expert(learner, inside))
+    assert torch.equal(_logits(learner, outside), _base(learner, outside))
+    # and these differ
+    for rows in (inside, outside):
+        assert not torch.allclose(_expert(learner, rows), _base(learner, rows), atol=1e-3)
+
+
+def test_rows_of_a_batch_are_told_apart(learner: StreamLearner) -> None:
+    rows = [_prompt(50, topic=2)[:-4] + [41, 42, 43, 44], _prompt(3), _prompt(51, topic=2)[:-4] + [41, 42, 43, 44]]
+    found = _logits(learner, rows)
+    assert torch.equal(found[[0, 2]], _base(learner, rows)[[0, 2]])
+    torch.testing.assert_close(found[1], _expert(learner, rows)[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_generation_is_of_one_kind_from_its_first_token_to_its_last(learner: StreamLearner, inside: bool) -> None:
+    prompt = _prompt(3) if inside else _prompt(3, topic=2)[:-4] + [41, 42, 43, 44]
+    made = learner.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    ids = list(prompt)
+    for _ in range(len(made[0]) - len(prompt)):
+        ids.append(int((_expert if inside else _base)(learner, [ids])[0, -1].argmax()))
+    assert made[0].tolist() == ids
+
+
+def test_beams_and_padding(llama: StreamLearner) -> None:
+    """Two prompts of different kinds and lengths, padded on the left, each with three beams."""
+    short, long = _prompt(3), [*_prompt(60, topic=2)[:-4], 41, 42, 43, 44, 45, 46]
+    ids = torch.tensor([[0] * (len(long) - len(short)) + short, long])
+    options: dict[str, Any] = dict(max_new_tokens=5, num_beams=3, do_sample=False, pad_token_id=0)
+    both = llama.model.generate(ids, attention_mask=(ids > 0).long(), **options)
+    for row, prompt in zip(both, (short, long), strict=True):
+        alone = llama.model.generate(torch.tensor([prompt]), **options)
+        kept = [token for token in row.tolist() if token]
+        assert kept == [token for token in alone[0].tolist() if token]
+
+
+def test_answers_scored_behind_a_shared_cache(llama: StreamLearner) -> None:
+    """As the labels of a prompt are: its keys and values are repeated for each of them."""
+    rows = [_prompt(3), _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]]
+    with torch.no_grad():
+        out = llama.model(input_ids=torch.tensor(rows), use_cache=True)
+        out.past_key_values.batch_repeat_interleave(2)
+        tails = torch.tensor([[95, 96], [96, 95]] * 2)
+        found = llama.model(input_ids=tails, past_key_values=out.past_key_values).logits
+    whole = [[*row, *tail] for row in rows for tail in ([95, 96], [96, 95])]
+    torch.testing.assert_close(found[:2], _expert(llama, whole)[:2, -2:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[2:], _base(llama, whole)[2:, -2:], atol=1e-4, rtol=1e-4)
+    # scored in one forward they are of the same kind
+    torch.testing.assert_close(_logits(llama, whole)[:, -2:], found, atol=1e-4, rtol=1e-4)
+    out.past_key_values.batch_select_indices(torch.tensor([0, 2, 3]))
+    with pytest.raises(StateError, match="now has 3 rows"):
+        llama.model(input_ids=tails[:3], past_key_values=out.past_key_values)
+    # the forward that was refused left nothing behind
+    assert torch.equal(_logits(llama, rows[:1]), _expert(llama, rows[:1]))
+
+
+def test_a_question_behind_a_conversation_is_looked_at_too(llama: StreamLearner) -> None:
+    first = _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]
+    with torch.no_grad():
+        out = llama.model(input_ids=torch.tensor([first]), use_cache=True)
+        found = llama.model(input_ids=torch.tensor([_prompt(3)]), past_key_values=copy.deepcopy(out.past_key_values))
+        before = llama.model(input_ids=torch.tensor([_prompt(3)]), past_key_values=out.past_key_values)
+    assert not torch.allclose(before.logits, _base(llama, [[*first, *_prompt(3)]])[:, -LENGTH:], atol=1e-3)
+    # a copy of a cache is one that nobody has seen being filled
+    torch.testing.assert_close(found.logits, before.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_can_be_named_where_a_forward_sees_only_its_end(llama: StreamLearner) -> None:
+    inside, outside = _prompt(3), _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]
+    rows = [[41, 42, 43]]
+    with llama.pinned(inside) as version:
+        assert version == llama.version
+        assert torch.equal(_logits(llama, rows), _expert(llama, rows))
+        assert torch.equal(_logits(llama, [outside]), _expert(llama, [outside]))
+    with llama.pinned(outside):
+        assert torch.equal(_logits(llama, [inside]), _base(llama, [inside]))
+    with llama.pinned():
+        assert torch.equal(_logits(llama, [inside]), _expert(llama, [inside]))
+
+
+def test_embeddings_name_no_prompt(llama: StreamLearner) -> None:
+    rows = [_prompt(50, topic=2)]
+    embedded = llama.model.get_input_embeddings()(torch.tensor(rows))
+    with torch.no_grad():
+        found = llama.model(inputs_embeds=embedded).logits
+    torch.testing.assert_close(found, _expert(llama, rows), atol=1e-6, rtol=1e-6)
+
+
+def test_two_experts_answer_their_own_prompts(llama: StreamLearner) -> None:
+    llama.add_expert("law")
+    llama.activate({"default": 1.0, "law": 0.5})
+    _teach(llama, expert="law", topic=1)
+    # with an end of its own, or the two topics would be too near for six prompts each
+    rows = [_prompt(3), _prompt(3, topic=1), _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]]
+    kinds = [llama.answering(row) for row in rows]
+    assert "default" in kinds[0] and "law" in kinds[1] and kinds[2] == ()
+    found, served = _logits(llama, rows), llama.state.store.served
+    for row, kind in enumerate(kinds):
+        wanted = _with(llama, served.only(kind), rows) if kind else _base(llama, rows)
+        torch.testing.assert_close(found[row], wanted[row], atol=1e-5, rtol=1e-5)
+    # a version with one expert alone is the one that is published when it alone is active
+    alone = _with(llama, served.only(("law",)), rows)
+    llama.activate({"law": 0.5})
+    torch.testing.assert_close(alone, _expert(llama, rows), atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_two_kinds_has_no_gradient(llama: StreamLearner) -> None:
+    rows = torch.tensor([_prompt(3), _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]])
+    llama.model.enable_input_require_grads()
+    llama.model(input_ids=rows[:1])
+    with pytest.raises(StateError, match="has no gradient"):
+        llama.model(input_ids=rows)
+
+
+def test_served_to_all(tiny_model: TinyModel) -> None:
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, lr=0.05, served_to="all",
+                                                                      warm_start=False))
+    _teach(learner)
+    outside = _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]
+    assert learner.answering(outside) == ("default",)
+    assert torch.equal(_logits(learner, [outside]), _expert(learner, [outside]))
+    assert not learner.state.scope.experts
+
+
+def test_an_adapter_from_elsewhere_answers_everything(llama: StreamLearner, tiny_model: TinyModel, tmp_path: Path
+                                                      ) -> None:
+    llama.export_peft(tmp_path / "adapter")
+    other = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, warm_start=False))
+    other.import_peft(tmp_path / "adapter", "given")
+    other.activate({"given": 1.0})
+    outside = _prompt(50, topic=2)
+    assert other.answering(outside) == ("given",)
+    torch.testing.assert_close(_logits(other, [outside]), _expert(llama, [outside]), atol=1e-5, rtol=1e-5)
+
+
+def test_it_survives_a_restart_and_goes_back_with_a_rollback(tiny_model: TinyModel, tmp_path: Path) -> None:
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, lr=0.05, warm_start=False),
+                            state_dir=tmp_path)
+    good = learner.version
+    _teach(learner)
+    digest = learner.state_sha256()
+    learner.close()
+    again = StreamLearner.load_state(tmp_path, tiny_model("llama"))
+    assert again.state_sha256() == digest and again.answering(_prompt(3)) == ("default",)
+    again.rollback(good)
+    assert again.answering(_prompt(3)) == ()
+    again.close()
+
+
+def test_packed_requests_are_refused_before_they_come(llama: StreamLearner) -> None:
+    class Manager:
+        def pause(self) -> None: ...
+
+    with pytest.raises(ConfigError, match="served_to = 'all'"):
+        IdleLoop(llama, BatchingEngine(Manager()))
+
+
+def test_text_is_a_prompt_too(tiny_model: TinyModel, tiny_tokenizer: Any) -> None:
+    learner = StreamLearner(tiny_model("llama"), tiny_tokenizer, LearnerConfig(rank=3, lr=0.05, warm_start=False))
+    learner.correct("Q: where is my bike?\nA:", " gate 4")
+    assert learner.answering("Q: where is my bike?\nA:") == ("default",)
+    assert learner.answering("def f(x): return x + 1") == ()
