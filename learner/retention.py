@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
+from ogpstream.learner.binding import Share
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.sites import Attachment
 
@@ -45,9 +46,18 @@ class RetentionProbe:
         with attachment.binding.using(None):
             self._base = text_losses(attachment.model, self.texts)
 
-    def measure(self) -> Retention:
-        """Score of the version that is served now."""
-        now = text_losses(self.attachment.model, self.texts)
+    def measure(self, *, everywhere: bool = False) -> Retention:
+        """Score of the version that is served now.
+
+        Args:
+            everywhere: as if all texts lay in the scope of all served experts, which few do: what the adapters
+                themselves would cost the base model.
+        """
+        binding = self.attachment.binding
+        served = binding.current()
+        shares = (Share(served),) if everywhere and served is not None else None
+        with binding.using(served, shares):
+            now = text_losses(self.attachment.model, self.texts)
         total = self._tokens.sum()
         return Retention(
             crs=float((self._base - now).exp().clamp_max(1.0).mean()),

@@ -33,7 +33,9 @@ def summary(ours: Mapping[str, Any], steady: Mapping[str, Any], replay: Mapping[
         values |= {
             f"acc_after{suffix}": matrix.acc, f"la{suffix}": matrix.la, f"bwt{suffix}": matrix.bwt,
             f"after{suffix}": result["rows"][-1], f"base_retention{suffix}": result["base_retention"],
-            f"ppl_ratio{suffix}": result["ppl_ratio"], f"update_ms_p50{suffix}": result["update_ms_p50"],
+            f"ppl_ratio{suffix}": result["ppl_ratio"],
+            f"base_retention_everywhere{suffix}": result["base_retention_everywhere"],
+            f"update_ms_p50{suffix}": result["update_ms_p50"],
             f"grad_evals{suffix}": result["grad_evals"], f"state_bytes{suffix}": result["state_bytes"],
             f"points{suffix}": result["points"],
         }
@@ -55,6 +57,7 @@ def table(values: Mapping[str, Any]) -> Table:
     shown.add_row("learning accuracy", "", *_each(values, "la", "{:.3f}"))
     shown.add_row("backward transfer", "", *_each(values, "bwt", "{:+.3f}"))
     shown.add_row("base retention", "1.000", *_each(values, "base_retention", "{:.3f}"))
+    shown.add_row("were all prompts in scope", "1.000", *_each(values, "base_retention_everywhere", "{:.3f}"))
     shown.add_row("held-out perplexity", "x 1", *_each(values, "ppl_ratio", "x {:.3f}"))
     shown.add_row("ms per update", "", *_each(values, "update_ms_p50", "{:.0f}"))
     shown.add_row("gradient evaluations", "", *_each(values, "grad_evals", "{:,}"))

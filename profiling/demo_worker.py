@@ -104,6 +104,7 @@ def work(job: Job) -> None:
                      score=scored, run=run, on_progress=tell)
     drift = meter.drift()
     retention = probe.measure() if scored else None
+    everywhere = probe.measure(everywhere=True) if scored else None
     if job.adapter is not None:
         learner.export_peft(job.adapter, replace=True)
     _write(job.result, {
@@ -111,6 +112,7 @@ def work(job: Job) -> None:
         "updates": run.learned, "update_ms_p50": run.update_ms_p50, "grad_evals": learner.state.counters.gradients,
         "state_bytes": learner.state_bytes(),
         "base_retention": retention and retention.crs, "ppl_ratio": retention and retention.ppl_ratio,
+        "base_retention_everywhere": everywhere and everywhere.crs,
         "guarantee_drift": drift.guarantee, "held_drift": drift.held, "state_sha256": learner.state_sha256(),
         "digest": json.loads(digest.read_text("utf-8")),
         "basis_columns": learner.state.protection.columns, "version": learner.version,

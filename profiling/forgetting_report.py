@@ -16,8 +16,8 @@ from rich.table import Table
 Row = Mapping[str, Any]
 # columns of the table, and how each is written
 _SHOWN = {"acc": "{:.3f}", "la": "{:.3f}", "bwt": "{:+.3f}", "crs": "{:.3f}", "ppl_ratio": "x {:.3f}",
-          "stickiness": "{:.3f}", "prequential_loss": "{:.3f}", "coverage": "{:.2f}", "grad_evals": "{:.0f}",
-          "update_ms_p50": "{:.0f}", "state_bytes": "{:,.0f}"}
+          "crs_everywhere": "{:.3f}", "stickiness": "{:.3f}", "prequential_loss": "{:.3f}", "coverage": "{:.2f}",
+          "grad_evals": "{:.0f}", "update_ms_p50": "{:.0f}", "state_bytes": "{:,.0f}"}
 
 
 def line(row: Row) -> str:

@@ -16,7 +16,7 @@ import torch
 from ogpstream.learner import ConfigError, LearnerConfig, RetentionProbe
 from ogpstream.learner.binding import Binding
 from ogpstream.learner.pretrained import load_pretrained
-from ogpstream.learner.sites import Attachment
+from ogpstream.learner.sites import AdaptedLinear, Attachment
 from ogpstream.profiling.baselines.joint import EPOCHS, Joint
 from ogpstream.profiling.evaluate import AccuracyMatrix
 from ogpstream.profiling.methods import method_config, student
@@ -114,14 +114,20 @@ def run_row(job: Job, on_progress: Progress = lambda done, total: None) -> dict[
     if probe is not None:
         # the perplexity of a run that diverged may be beyond any float
         with suppress(OverflowError):
+            # the adapters are there by now; of another method's changes all texts are in scope
+            linears = (module for module in model.modules() if isinstance(module, AdaptedLinear))
+            binding = next((linear.binding for linear in linears), Binding())
+            probe.attachment = cast(Attachment, _Bare(model, binding))
             retention = probe.measure()
-            row |= {"crs": retention.crs, "ppl_ratio": retention.ppl_ratio}
+            row |= {"crs": retention.crs, "ppl_ratio": retention.ppl_ratio,
+                    "crs_everywhere": probe.measure(everywhere=True).crs}
     # and JSON has no word for what is not finite
     row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
            for name, value in row.items()}
     return {
         "method": job.method, "stream": job.stream, "seed": job.seed, "ring": config.ring_samples,
-        **dict.fromkeys(("acc", "la", "bwt", "crs", "ppl_ratio", "stickiness", "prequential_loss", "coverage")), **row,
+        **dict.fromkeys(("acc", "la", "bwt", "crs", "ppl_ratio", "crs_everywhere", "stickiness", "prequential_loss",
+                         "coverage")), **row,
         "lr": method_config(job.method, config, lr=job.lr).lr, "tuned_on": job.tuned_on, "idle": job.idle,
         "limit": job.limit, "tune": job.tune, "samples": sum(len(task.learn) for task in tasks),
         "tasks": [task.name for task in tasks], "torch": torch.__version__, "threads": torch.get_num_threads(),

@@ -17,7 +17,8 @@ TEXTS = [torch.randint(4, 101, (3 + n,), generator=torch.Generator().manual_seed
 
 @pytest.fixture
 def learner(tiny_model: TinyModel) -> StreamLearner:
-    return StreamLearner(tiny_model("llama", num_hidden_layers=1), config=LearnerConfig(rank=3, warm_start=False))
+    config = LearnerConfig(rank=3, served_to="all", warm_start=False)
+    return StreamLearner(tiny_model("llama", num_hidden_layers=1), config=config)
 
 
 def _change(learner: StreamLearner) -> None:
@@ -30,6 +31,16 @@ def _change(learner: StreamLearner) -> None:
 @torch.no_grad()
 def _losses(model: Any) -> list[float]:
     return [float(model(input_ids=torch.tensor([text]), labels=torch.tensor([text])).loss) for text in TEXTS]
+
+
+def test_texts_out_of_scope_lose_nothing_but_could(learner: StreamLearner, tiny_model: TinyModel) -> None:
+    scoped = StreamLearner(tiny_model("llama", num_hidden_layers=1), config=LearnerConfig(rank=3, warm_start=False))
+    probes = [RetentionProbe(one.attachment, TEXTS) for one in (learner, scoped)]
+    for one in (learner, scoped):
+        _change(one)
+    assert probes[1].measure().crs == 1.0
+    assert probes[1].measure(everywhere=True) == probes[0].measure() == probes[0].measure(everywhere=True)
+    assert probes[0].measure().crs < 0.99
 
 
 def test_nothing_is_lost_at_the_start(learner: StreamLearner) -> None:

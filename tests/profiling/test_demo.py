@@ -25,8 +25,8 @@ def _result(after: float, sha: str = "x") -> dict:
     return {
         "tasks": TASKS, "before": [0.1, 0.3], "rows": [[0.9, 0.3], [after, 0.7]], "points": [(1, 0.2), (2, after)],
         "updates": 2, "update_ms_p50": 5.0, "grad_evals": 6, "state_bytes": 10**6, "base_retention": 0.98,
-        "ppl_ratio": 1.02, "guarantee_drift": 1e-8, "held_drift": 0.5, "state_sha256": sha, "digest": sha,
-        "basis_columns": 3, "version": 4,
+        "base_retention_everywhere": 0.9, "ppl_ratio": 1.02, "guarantee_drift": 1e-8, "held_drift": 0.5,
+        "state_sha256": sha, "digest": sha, "basis_columns": 3, "version": 4,
     }
 
 
