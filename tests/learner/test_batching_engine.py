@@ -20,6 +20,7 @@ NEW = 6
 TIMEOUT = 60.0
 QUICK: dict[str, Any] = dict(
     rank=2, lr=0.2, target_modules=("q_proj", "k_proj", "v_proj", "down_proj"), warm_start=False, ring_samples=8,
+    served_to="all",
 )
 
 
