@@ -89,7 +89,7 @@ class Parts:
 
         Raises:
             ValueError: a wrong shape, dtype or stride, a master that is no view of the slab, or one that this sample
-                has brought already; the message names it.
+                has brought already, or an x of another number of tokens than the sample's; the message names it.
             IndexError: there is no such sample.
         """
         own, begun = self.sums[self._splits[sample]], self._begun[sample]

@@ -61,7 +61,7 @@ def bench_kernels(
         if out is not None:
             _prepare(out)
         values, wrong = measure(on, chosen_ops, sweeps, names, shlex.join(words), out, console,
-                                 quick=quick, graphs=graphs)
+                                quick=quick, graphs=graphs)
     except ConfigError as error:
         console.print(f"ogpstream: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_status) from None
