@@ -25,18 +25,21 @@ class BasisStream:
     Args:
         bases: P.T `[M, D]` of each, float32, contiguous, in pinned host RAM; widths may differ.
         chunk: rows of one copy; 32 of width 2048 are 256 KiB.
+        names: what messages call each of them; "rows" if not given.
 
     Raises:
         ValueError: a basis is no contiguous float32 matrix; the message says what is wrong.
     """
 
-    def __init__(self, bases: Sequence[Tensor], device: torch.device, chunk: int = CHUNK) -> None:
+    def __init__(
+        self, bases: Sequence[Tensor], device: torch.device, chunk: int = CHUNK, names: Sequence[str] = ()
+    ) -> None:
         require(chunk >= 1, f"chunk is {chunk}, needs at least 1 direction")
-        for rows in bases:
-            require(rows.dim() == 2, f"rows has shape {list(rows.shape)}, needs 2 dimensions")
-            require_rows("rows", rows, *rows.shape, dtypes=(torch.float32,))
+        for name, rows in zip(names or ["rows"] * len(bases), bases, strict=True):
+            require(rows.dim() == 2, f"{name} has shape {list(rows.shape)}, needs 2 dimensions")
+            require_rows(name, rows, *rows.shape, dtypes=(torch.float32,))
             # a column slice of P would be copied through a pageable temporary, and the copy would wait for it
-            require(rows.is_contiguous(), f"rows has strides {rows.stride()}, needs a contiguous P.T")
+            require(rows.is_contiguous(), f"{name} has strides {rows.stride()}, needs a contiguous P.T")
         self.chunk = chunk
         self._bases = list(bases)
         self._pieces = [piece for rows in bases for piece in rows.split(chunk) if len(rows)]

@@ -68,9 +68,13 @@ class Parts:
         slab: the masters `[numel]`.
         tokens: T of each sample.
         like: a tensor with the dtype of the samples' x, which the number of splits depends on.
+
+    Raises:
+        ValueError: the slab is no flat float32 tensor.
     """
 
     def __init__(self, slab: Tensor, tokens: Sequence[int], like: Tensor) -> None:
+        _check_slab(slab)
         self.slab = slab
         ends = [0]
         for T in tokens:
@@ -85,7 +89,7 @@ class Parts:
 
         Raises:
             ValueError: a wrong shape, dtype or stride, a master that is no view of the slab, or one that this sample
-                has brought already; the message names it.
+                has brought already, or an x of another number of tokens than the sample's; the message names it.
             IndexError: there is no such sample.
         """
         own, begun = self.sums[self._splits[sample]], self._begun[sample]
@@ -94,6 +98,13 @@ class Parts:
         for (name, master), start in zip(masters, starts, strict=True):
             twice = start in begun and master.numel()
             require(not twice, f"sample {sample} has the gradient of this {name}, at element {start}, already")
+        rank, splits = linear.trained.stop - linear.trained.start, token_splits(len(linear.x), linear.x)
+        # here, by the caller's names: below they are dA and dB, and their first dimension is the splits
+        require_rows("master_A", linear.master_A, *linear.A.shape[:1], rank)
+        require_rows("master_B", linear.master_B, rank, *linear.B.shape[1:])
+        if splits != len(own):
+            raise ValueError(f"x of {len(linear.x)} tokens in {linear.x.dtype} leaves {splits} parts, and sample "
+                             f"{sample} has {len(own)}: its linears have one T and one dtype")
         dA, dB = (
             own[:, start:].as_strided((len(own), *master.shape), (own.stride(0), *master.stride()))
             for start, (_, master) in zip(starts, masters, strict=True)
@@ -117,9 +128,10 @@ def stream_of(blocks: Sequence[Block], device: torch.device) -> BasisStream:
     """The stream of all bases of these blocks that are not resident: begun now, for `update_` to take from.
 
     Raises:
-        ValueError: a basis is no contiguous float32 matrix; the message says what is wrong.
+        ValueError: a basis is no contiguous float32 matrix; the message names its block.
     """
-    return BasisStream([block.rows for block in blocks if not block.resident], device, CHUNK)
+    streamed = {f"rows of block {number}": block.rows for number, block in enumerate(blocks) if not block.resident}
+    return BasisStream(list(streamed.values()), device, CHUNK, list(streamed))
 
 
 def update_(
@@ -154,6 +166,7 @@ def update_(
         ValueError: something does not fit; the message names it.
     """
     # all of it before the first launch: after that the masters change
+    _check_slab(slab)
     require(numel_A is not None or bool(blocks) or isinstance(rule, Sgd), "numel_A: Adam without blocks needs it")
     projected = 0
     for number, block in enumerate(blocks):
@@ -183,6 +196,10 @@ def update_(
         rows = block.rows if block.resident else stream
         coefficients.append(project_out_(block.A, rows, chunk=max(1, len(block.rows)), serving=copy))
     return coefficients
+
+
+def _check_slab(slab: Tensor) -> None:
+    require_rows("slab", slab, slab.numel(), dtypes=(torch.float32,))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -4,6 +4,8 @@ They accumulate in float32, or in float64 when an operand is float64, and upcast
 that work in place (a trailing underscore) do so in the dtype of the tensor they change. Arguments are not
 checked here: `dispatch` does that once for all backends.
 
+Times in comments were measured in float32 on one core of an EPYC with torch's MKL, best of 60.
+
 Symbols: T tokens, D_in and D_out widths of the adapted linear, R columns of all packed factors, r trained
 ones among them, M rows of a basis, K columns projected against it, n supervised rows, V vocabulary.
 """
@@ -31,7 +33,10 @@ def _sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _thin(a: Tensor, b: Tensor) -> Tensor:
-    """a b where b has few columns: as (b.T a.T).T, a third to a seventh of the time of a BLAS (MKL, 8 columns)."""
+    """a b where b has few columns, as (b.T a.T).T.
+
+    With 8 columns 0.33 of the time of a b at `[128, 256]`, 0.47 at `[1024, 2048]`; with 40 columns 1.3 and 0.9.
+    """
     return (b.T @ a.T).T
 
 
@@ -58,7 +63,7 @@ def lora_forward(
     if onto is None:
         return (h @ B.to(wide)).to(x.dtype), h
     if onto.dtype == wide:
-        # a third of the time of a product and a sum
+        # with R 8 0.5 to 0.3 of the time of a product and a sum, for T 128 to 1024 and widths of 256 to 2048
         return onto.addmm_(h, B.to(wide)), h
     return onto.add_(h @ B.to(wide)), h
 
@@ -110,8 +115,8 @@ def lora_backward_samples(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """`lora_backward` of several samples at once, whose gradients stay apart.
 
-    What each row has alone is computed for all rows together: 0.4 of the time of a call for each of three samples of 26
-    tokens and width 192.
+    What each row has alone is computed for all rows together: for three samples of 26 tokens, width 192 and R 8 half of
+    the time of three calls.
 
     Args:
         samples: how many; their rows, equally many, lie one after the other.
@@ -122,7 +127,7 @@ def lora_backward_samples(
     """
     parts, Y = _factor_gradients(x, g, A, B, scale, samples, trained, h)
     if base_dx.dtype == Y.dtype:
-        # 0.6 of the time that a new tensor takes
+        # with R 8 0.6 to 0.5 of the time that a new tensor takes, for T 128 to 1024 and widths of 256 to 2048
         return parts, base_dx.addmm_(Y, A.T.to(Y.dtype)).to(x.dtype)
     return parts, torch.addmm(base_dx.to(Y.dtype), Y, A.T.to(Y.dtype)).to(x.dtype)
 
@@ -225,7 +230,8 @@ def cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = _wide(logits)
     row = torch.arange(len(target), device=target.device)
-    # not exp(log_softmax): where logits lie 100 apart its denormal results take ten times as long
+    # not exp(log_softmax): where one logit is 95 above the rest its denormal results take 18 times as long (64 rows of
+    # 8000)
     dlogits = torch.softmax(logits, dim=-1, dtype=wide)
     largest, at = logits.max(dim=-1)
     # the largest probability is at least 1 / V, so its logarithm is exact enough for the logsumexp

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ogpstream.learner.apply import Applier, Record, Report
 from ogpstream.learner.config import LearnerConfig
@@ -22,6 +22,8 @@ from ogpstream.learner.update import Updater
 
 # kinds of records about how another one is applied: journaled after it, and before what they say is done
 _ABOUT = ("shorten", "pace")
+
+T = TypeVar("T")
 
 
 class RecordQueue:
@@ -121,3 +123,13 @@ class RecordQueue:
         while self._records:
             report = yield from self.apply_next()
         return report
+
+
+def exhaust(work: Generator[str, None, T]) -> T:
+    """Run a generator of units to its end and return its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -1,16 +1,23 @@
-"""What a state folder holds, read beside a running learner: no model, no lock, nothing is changed."""
+"""What a state holds: told by its learner, or read from the folder beside a running one.
+
+Reading takes no model and no lock, and changes nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.state import FORMAT
 from ogpstream.memory.canonical import canonical_hash
+
+if TYPE_CHECKING:
+    # `status` reads a state without a model, and what learns takes seconds to import
+    from ogpstream.learner.queue import RecordQueue
 
 # what a snapshot says beside the state: not part of its hash
 ASIDE = ("config", "base", "environment", "model")
@@ -19,6 +26,29 @@ SAMPLES = ("sample", "kept", "refused")
 
 _LIVE = re.compile(r"bases\.\d+\.live")
 _TRIES = 5
+
+
+def live_status(queue: RecordQueue) -> dict[str, Any]:
+    """The fields of `ogpstream status` as they are now, everything that is applied counted."""
+    state, folder = queue.applier.state, queue.applier.folder
+    counters, store = state.counters, state.store
+    return {
+        "healthy": True,
+        "acknowledged": counters.acknowledged,
+        "learned": counters.learned,
+        "rejected": counters.rejected,
+        "quarantined": counters.quarantined,
+        "pending": len(queue),
+        "version": store.served.version,
+        "updates": counters.updates,
+        "basis_columns": state.protection.columns,
+        "ring_samples": len(state.ring),
+        "experts": list(store.names),
+        "held_discarded": max(max(store.expert(name).discarded) for name in store.names),
+        "versions": folder.versions(),
+        **folder.sizes(),
+        "state_sha256": state.sha256(),
+    }
 
 
 def read_status(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:

@@ -7,24 +7,22 @@ kept in the folder `--out`, and the same command computes only those that are mi
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
 from ogpstream.profiling.bench_report import fail, prepare
-from ogpstream.profiling.forgetting_report import draw, line, tables, write_csv
-from ogpstream.profiling.forgetting_row import Job, run_row
 from ogpstream.profiling.methods import METHODS, method_config, untuned
-from ogpstream.profiling.rates import Rate, candidates, read_rates, write_rates
-from ogpstream.profiling.row_store import Row, RowStore
+from ogpstream.profiling.row_store import RowStore
+
+if TYPE_CHECKING:
+    from ogpstream.profiling.forgetting_row import Job
+    from ogpstream.profiling.rates import Rate
 
 # texts of at least this many characters from a text file, as the retention set
 TEXT_CHARS, TEXTS = 80, 64
@@ -58,6 +56,12 @@ def bench_forgetting(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line")] = False,
 ) -> None:
     """Accuracy, forgetting and retention over one-pass streams of single samples, beside eleven other methods."""
+    # here, because they take seconds, and --help needs none of them
+    from ogpstream.profiling.forgetting_report import draw, tables, write_csv
+    from ogpstream.profiling.forgetting_row import Job
+    from ogpstream.profiling.forgetting_run import compute
+    from ogpstream.profiling.rates import Rate, candidates, read_rates, write_rates
+
     unknown = sorted(set(methods.split(",")) - set(METHODS))
     if unknown:
         fail(f"unknown method {', '.join(unknown)}: use {', '.join(METHODS)}", 2)
@@ -90,7 +94,7 @@ def bench_forgetting(
         for job in plan:
             method_config(job.method, LearnerConfig.from_dict(job.config), lr=job.lr)
         store = RowStore(out)
-        _compute(plan, store, jobs)
+        compute(plan, store, jobs)
     except OSError as error:
         fail(f"{error.filename} cannot be read or written ({error.strerror})", 1)
     except OgpStreamError as error:
@@ -115,43 +119,6 @@ def _with_rate(job: Job, known: dict[str, Rate]) -> Job:
         lr, strength = untuned(job.method)
         return replace(job, lr=lr, strength=strength)
     return replace(job, lr=rate.lr, strength=rate.strength, tuned_on=rate.tuned_on)
-
-
-def _compute(plan: Sequence[Job], store: RowStore, jobs: int) -> None:
-    """The rows that are missing, with a line for each as soon as it is done."""
-    missing = list({job.settings: job for job in plan if store.find(job.settings) is None}.values())
-    console = Console(stderr=True)
-    if len(missing) < len(plan):
-        console.print(f"{len(plan) - len(missing)} of {len(plan)} rows are there already", highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        whole = progress.add_task("rows", total=len(missing))
-        for row in (_one_by_one(missing, progress) if jobs == 1 else _side_by_side(missing, jobs)):
-            store.add(row)
-            progress.advance(whole)
-            typer.echo(line(row), err=True)
-
-
-def _one_by_one(missing: Sequence[Job], progress: Progress) -> Iterator[Row]:
-    for job in missing:
-        bar = progress.add_task(f"{job.method}, {job.stream}, seed {job.seed}", total=None)
-
-        def show(done: int, total: int, bar: Any = bar) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        yield run_row(job, show)
-        progress.remove_task(bar)
-
-
-def _side_by_side(missing: Sequence[Job], jobs: int) -> Iterator[Row]:
-    # not by fork: torch's threads do not survive it
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_row, job) for job in missing]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _values(items: Sequence[str], option: str) -> dict[str, Any]:

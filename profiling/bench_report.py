@@ -1,4 +1,7 @@
-"""What the benchmarks of updates share: options, the folder they write to, CSV, and pictures of rows."""
+"""What the benchmarks of updates share: options, the folder they write to, CSV, and pictures of rows.
+
+torch is imported where it is used: what a benchmark's --help needs is here too.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 
 from ogpstream.learner import ConfigError
 from ogpstream.profiling.environment import environment
+
+if TYPE_CHECKING:
+    import torch
 
 Row = dict[str, Any]
 Case = TypeVar("Case")
@@ -61,6 +66,8 @@ def chosen(option: str, words: Sequence[str] | None, known: Sequence[str]) -> li
 
 def device_named(name: str) -> torch.device:
     """cpu, cuda, or by default the GPU where there is one."""
+    import torch
+
     if name not in ("", "cpu", "cuda"):
         fail(f"--device is {name!r}: use cpu or cuda", 2)
     if name == "cuda" and not torch.cuda.is_available():
@@ -98,6 +105,8 @@ def each(cases: Sequence[Case], name: Callable[[Case], str]) -> Iterator[Case]:
 
 def write(values: dict[str, Any], name: str, pictures: Sequence[Picture], out: Path | None, *, as_json: bool) -> None:
     """CSV and picture into a folder, if one is given, and the JSON line; each with versions, device and command."""
+    import torch
+
     on = torch.device("cuda" if torch.cuda.is_available() and values["device"] != "cpu" else "cpu")
     # a row that names its own device, such as one that is not there, keeps it
     where = {**environment(on), "command": shlex.join(["ogpstream", *sys.argv[1:]])}
@@ -138,5 +147,5 @@ def _draw(values: dict[str, Any], pictures: Sequence[Picture], path: Path) -> No
                        marker="o", markersize=3, label=column)
         panel.set(xlabel=picture.x, ylabel=picture.label, ylim=(0, None))
         panel.legend(fontsize=7)
-    figure.suptitle(f"{values['device']}, torch {torch.__version__}", fontsize=8)
+    figure.suptitle(f"{values['device']}, torch {values['torch']}", fontsize=8)
     figure.savefig(path, dpi=110)

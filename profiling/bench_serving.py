@@ -2,114 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
-from ogpstream.learner import LearnerConfig, OgpStreamError, Sample, StreamLearner
-from ogpstream.learner.pretrained import load_pretrained
-from ogpstream.profiling import demo_corrections
+from ogpstream.learner import LearnerConfig, OgpStreamError
 from ogpstream.profiling.bench_report import Picture, Row, device_named, fail, prepare, table, write
-from ogpstream.profiling.gpu_timer import percentile
-from ogpstream.profiling.load import Server
-from ogpstream.profiling.serving_run import LOAD, Run, check, run
-from ogpstream.profiling.vram import llama_config
 
-# ids that a sample's completion has of all
-SUPERVISED = 4
+if TYPE_CHECKING:
+    import torch
+
 # random samples are never known, so each one counts as learned in its second update: P grows and held parts are cut,
 # which are the longest units that there are
 GROWING = LearnerConfig(repeats=1, learned_below=1e9, learned_share=0.0)
-
-
-def random_model(device: torch.device, layers: int | None, width: int | None, vocabulary: int | None, seed: int
-                 ) -> PreTrainedModel:
-    """Llama's architecture with random weights: 7M parameters in float32 on a CPU, TinyLlama-1.1B's on a GPU."""
-    small = device.type == "cpu"
-    width = width or (256 if small else 2048)
-    heads = width // 64
-    architecture = llama_config(
-        layers=layers or (4 if small else 22), width=width, inner=11 * width // 4, heads=heads,
-        key_heads=max(1, heads // 8), vocabulary=vocabulary or (8000 if small else 32000),
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    with torch.device(device):
-        dtype = torch.float32 if small else torch.bfloat16
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-    return model.eval()
-
-
-def random_ids(vocabulary: int, count: int, seed: int) -> Iterator[list[int]]:
-    """Lists of `count` ids, without end."""
-    numbers = random.Random(seed)
-    while True:
-        yield [numbers.randrange(1, vocabulary) for _ in range(count)]
-
-
-def random_samples(vocabulary: int, tokens: int, seed: int) -> Iterator[Sample]:
-    """Samples of so many ids, a quarter of them supervised, without end."""
-    begin = tokens - max(1, tokens // SUPERVISED)
-    for ids in random_ids(vocabulary, tokens, seed):
-        yield Sample(prompt_ids=tuple(ids[:begin]), completion_ids=tuple(ids[begin:]))
-
-
-def demo_prompts(tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Ids of the test wordings of the demo's corrections, again and again."""
-    while True:
-        for one in demo_corrections.corrections():
-            if one.split == "test":
-                yield tokenizer(one.prompt)["input_ids"]
-
-
-def demo_samples(seed: int) -> Iterator[Sample]:
-    """The demo's corrections, again and again in another order; an id would have them learned once."""
-    while True:
-        yield from (Sample(one.prompt, one.completion) for one in demo_corrections.stream(seed))
-        seed += 1
-
-
-def summary(done: Run, checked: Sequence[Row]) -> Row:
-    """The fields of the JSON line. Percentiles are of milliseconds; TTFT and tokens/s of the blocks of both phases."""
-    off = [row for row in done.rows if row["phase"] == "off"]
-    on = [row for row in done.rows if row["phase"] == "on"]
-    both = {row["block"] for row in off}
-    paired = [row for row in on if row["block"] in both]
-    found: Row = {}
-    for name, rows in (("off", off), ("on", paired)):
-        found |= {f"ttft_p{q}_{name}": percentile([row["ttft_ms"] for row in rows], q) for q in (50, 99)}
-        seconds = sum(row["generation_ms"] for row in rows) / 1e3
-        found[f"tokens_per_s_{name}"] = sum(row["tokens"] for row in rows) / seconds
-    waits = [row["wait_ms"] for row in on]
-    paces = [report.pace for report in done.reports if report.pace is not None]
-    learned = [report for report in done.reports if report.status == "learned"]
-    return found | {
-        "ratio_p99": found["ttft_p99_on"] / found["ttft_p99_off"], "updates": len(learned), "max_wait_ms": max(waits),
-        "wait_ms_p50": percentile(waits, 50), "wait_ms_p99": percentile(waits, 99),
-        "wait_ms_p99_off": percentile([row["wait_ms"] for row in off], 99),
-        "update_ms_p50": percentile([pace.actual_ms for pace in paces], 50) if paces else None,
-        "limited": sum(pace.limited for pace in paces) / len(paces) if paces else None,
-        "longest_unit_ms": 1e3 * done.status.longest_unit, "longest_wait_units": done.status.longest_wait,
-        "versions": len({row["version"] for row in on}), "requests": len(done.rows), "requests_on": len(on),
-        "served_per_s": done.rate, "load": LOAD, "rejected": len(done.reports) - len(learned),
-        "out_of_memory": sum(report.out_of_memory for report in done.reports), "failures": done.status.failures,
-        "admitted": sum(report.admitted for report in done.reports),
-        "checked": len(checked), "wrong": sum(not row["equal"] for row in checked),
-        "told_apart": sum(row["tells_apart"] for row in checked),
-    }  # fmt: skip
-
-
-def distribution(rows: Sequence[Row]) -> list[Row]:
-    """TTFT that each percent of the requests of a phase stays under, milliseconds; for the picture."""
-    by_phase = {phase: [row["ttft_ms"] for row in rows if row["phase"] == phase] for phase in ("off", "on")}
-    return [{"percent": q, **{name: percentile(times, q) for name, times in by_phase.items()}} for q in range(101)]
 
 
 def bench_serving(
@@ -130,6 +39,17 @@ def bench_serving(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")] = False,
 ) -> None:
     """Time to first token with and without learning, waits for units, and whether replies are of their versions."""
+    # here, because they take seconds, and --help needs none of them
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from ogpstream.learner import StreamLearner
+    from ogpstream.learner.pretrained import load_pretrained
+    from ogpstream.profiling.load import Server
+    from ogpstream.profiling.serving_inputs import demo_prompts, demo_samples, random_ids, random_model, random_samples
+    from ogpstream.profiling.serving_report import distribution, summary
+    from ogpstream.profiling.serving_run import check, run
+
     on = device_named(device)
     if width is not None and width % 64:
         fail(f"--width is {width}: use a multiple of 64, the width of an attention head", 2)
@@ -187,6 +107,8 @@ def bench_serving(
 
 
 def _cap(mib: int, device: torch.device) -> None:
+    import torch
+
     if device.type == "cpu":
         fail("--cap-mib bounds the memory of a GPU: leave it out on a CPU", 2)
     total = torch.cuda.get_device_properties(device).total_memory / 2**20
@@ -197,6 +119,8 @@ def _cap(mib: int, device: torch.device) -> None:
 
 def _memory(device: torch.device) -> Row:
     """Peaks of the allocator, without the CUDA context: what it took from the GPU, and what of it was in use."""
+    import torch
+
     if device.type == "cpu":
         return {"peak_mib": None, "peak_allocated_mib": None}
     return {"peak_mib": torch.cuda.max_memory_reserved(device) / 2**20,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from ogpstream.learner import LearnerConfig
 from ogpstream.learner.config import LearningState
-from ogpstream.profiling import memory_table
 from ogpstream.profiling.bench_report import Picture, Row, chosen, each, fail, measured, prepare, table, write
-from ogpstream.profiling.vram import Usage, llama_config, measure_update
+
+if TYPE_CHECKING:
+    from ogpstream.profiling.vram import Usage
 
 _BYTES = ("learner_state_bytes", "resident_state_bytes", "activation_peak_bytes")
 PICTURES = [Picture(sweep, sweep, _BYTES, 2**20, "MiB")
@@ -34,6 +34,8 @@ class Geometry:
     updates: int = 2
 
     def usage(self, mode: LearningState) -> Usage:
+        from ogpstream.profiling.vram import llama_config, measure_update
+
         heads = max(1, self.width // 64)
         architecture = llama_config(layers=self.L, width=self.width, inner=11 * self.width // 4, heads=heads,
                                     key_heads=max(1, heads // 8))
@@ -77,6 +79,11 @@ def bench_vram(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")] = False,
 ) -> None:
     """Bytes of learning on the device; without a GPU, by the learner's own code on a device that is not there."""
+    # here, because they take seconds, and --help needs none of them
+    import torch
+
+    from ogpstream.profiling import memory_table
+
     if page is not None:
         try:
             page.write_text(memory_table.fill(page.read_text()))

@@ -7,15 +7,18 @@ import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "transformers", "peft")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device and versions, as JSON lines and CSV files have them; None for what is not there."""
+    import torch
+
     values: dict[str, Any] = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     if device.type == "cpu":
         return {**values, "device": f"CPU, {torch.get_num_threads()} of {os.cpu_count()} threads, {_processor()}",

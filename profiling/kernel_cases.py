@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Operation = Literal["lora_forward", "lora_backward", "projection", "step_projection", "update", "cross_entropy"]
 OPERATIONS: dict[Operation, str] = {
@@ -17,7 +18,9 @@ OPERATIONS: dict[Operation, str] = {
     "update": "lora_backward and step_projection: a whole update of one sample",
     "cross_entropy": "loss and gradient of a chunk of T rows",
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# ways to do them, in the order of `kernel_providers.PROVIDERS`, which makes them
+PROVIDER_NAMES = ("ours", "separate", "reference", "cublas", "addmm", "compiled", "peft", "peft_autocast")
 _LORA: tuple[Operation, ...] = ("lora_forward", "lora_backward", "update")
 _PROJECT: tuple[Operation, ...] = ("projection", "step_projection", "update")
 
@@ -66,7 +69,11 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        # here, because it takes a second, and --help needs the names of sweeps alone
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.dtype])
+        return dtype
 
 
 # what each sweep varies, one change from the base at a time, and the operations it says something about

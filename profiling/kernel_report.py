@@ -48,25 +48,33 @@ class CsvLog:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines for each case and provider: hot percentiles, the cold median, and what else was measured."""
+    """Lines for each case and provider: hot percentiles, the cold median, and what else was measured anywhere."""
     cold = {_key(row): row["ms_p50"] for row in rows if row["l2"] == "cold"}
     hot = [row for row in rows if row["l2"] == "hot"]
     ours = {_case(row): row["ms_p50"] for row in hot if row["provider"] == "ours"}
-    lines = [_cells("ms of a call", "p20", "p50", "p80", "cold", "graph", "GB/s", "x floor", "x ours", "error", "leak",
-                    "launches")]
-    for number, row in enumerate(hot):
-        if number == 0 or _case(row) != _case(hot[number - 1]):
-            floor = f"floor {row['floor_ms']:.3g} ms ({row['floor_by']})"
-            lines.append(f"{row['op']} {row['dtype']} {row['shape']}: {floor}")
+
+    def cells(row: Row) -> dict[str, str]:
         reference = ours.get(_case(row))
         ratio = row["ms_p50"] / reference if row["ms_p50"] and reference else None
-        lines.append(_cells(
-            f"  {row['provider']}{'' if row['correct'] else ' WRONG'}",
-            *(_number(row[name], ".3g") for name in ("ms_p20", "ms_p50", "ms_p80")),
-            _number(cold.get(_key(row)), ".3g"), _number(row["graph_ms_p50"], ".3g"), _number(row["gbps"], ".3g"),
-            _number(row["floor_ratio"], ".2f"), _number(ratio, ".2f"), _number(row["rel_err"], ".0e"),
-            _number(row["leak"], ".0e"), _number(row["launches"], "d"),
-        ))  # fmt: skip
+        return {
+            "p20": _number(row["ms_p20"], ".3g"), "p50": _number(row["ms_p50"], ".3g"),
+            "p80": _number(row["ms_p80"], ".3g"), "cold": _number(cold.get(_key(row)), ".3g"),
+            "graph": _number(row["graph_ms_p50"], ".3g"), "GB/s": _number(row["gbps"], ".3g"),
+            "x floor": _number(row["floor_ratio"], ".2f"), "x ours": _number(ratio, ".2f"),
+            "error": _number(row["rel_err"], ".0e"), "leak": _number(row["leak"], ".0e"),
+            "launches": _number(row["launches"], "d"),
+        }  # fmt: skip
+
+    every = [cells(row) for row in hot]
+    # a CPU has no cold caches, for one
+    columns = [name for name in (every[0] if every else ()) if any(each[name] for each in every)]
+    lines = [_cells("ms of a call", *columns)]
+    for number, (row, each) in enumerate(zip(hot, every, strict=True)):
+        if number == 0 or _case(row) != _case(hot[number - 1]):
+            floor = f": floor {row['floor_ms']:.3g} ms ({row['floor_by']})" if row["floor_ms"] else ""
+            lines.append(f"{row['op']} {row['dtype']} {row['shape']}{floor}")
+        name = f"  {row['provider']}{'' if row['correct'] else ' WRONG'}"
+        lines.append(_cells(name, *(each[column] for column in columns)))
     return lines
 
 
@@ -128,9 +136,10 @@ def draw(values: Mapping[str, Any], path: Path) -> None:
         spread = [[row["ms_p50"] - row["ms_p20"] for row in rows], [row["ms_p80"] - row["ms_p50"] for row in rows]]
         colours = ["tab:orange" if row["provider"] in ("ours", "separate") else "tab:blue" for row in rows]
         axis.barh([row["provider"] for row in rows], medians, xerr=spread, color=colours, height=0.6)
-        axis.axvline(rows[0]["floor_ms"], color="0.3", linestyle="--", linewidth=1)
+        if rows[0]["floor_ms"]:
+            axis.axvline(rows[0]["floor_ms"], color="0.3", linestyle="--", linewidth=1)
         axis.invert_yaxis()
-        axis.set(xlabel="ms, dashed: floor")
+        axis.set(xlabel="ms, dashed: floor" if rows[0]["floor_ms"] else "ms")
         axis.set_title(f"{rows[0]['op']}, {rows[0]['dtype']}\n{rows[0]['shape']}", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(first):]:

@@ -8,11 +8,12 @@ from importlib import import_module
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ogpstream.learner import LearnerConfig, StreamLearner
-from ogpstream.profiling.student import LearnerStudent, Student
+from ogpstream.learner import LearnerConfig
 
 if TYPE_CHECKING:
+    from ogpstream.learner import StreamLearner
     from ogpstream.profiling.baselines.baseline import Baseline
+    from ogpstream.profiling.student import LearnerStudent, Student
 
 OURS = ("ogp", "ogp-uncut", "ogp-shared", "ogp-literal")
 # the learner itself as plain LoRA, with and without its ring
@@ -51,12 +52,17 @@ def method_config(method: str, config: LearnerConfig, *, lr: float | None = None
 
 def learner_student(learner: StreamLearner, method: str, equal: LearnerConfig) -> LearnerStudent:
     """A learner made with `method_config`; `equal` is the configuration whose evaluations the method gets too."""
+    # here, because it takes seconds, and the names alone need none of it
+    from ogpstream.profiling.student import LearnerStudent
+
     return LearnerStudent(learner, alone=equal.rehearsals if method == "sequential" else None)
 
 
 def student(method: str, model: Any, tokenizer: Any, config: LearnerConfig, *, lr: float | None = None,
             strength: float | None = None, calibration: Sequence[str] | None = None) -> Student:
     """A method on a model, which it adapts in place; "joint" learns no stream and is not made here."""
+    from ogpstream.learner import StreamLearner
+
     own = method_config(method, config, lr=lr)
     if method in _BASELINES:
         return baseline_class(method)(model, tokenizer, own, strength=strength)

@@ -235,6 +235,36 @@ def test_masters_must_be_views_of_the_slab(device, orthonormal_rows, problem):
     parts.add(linears[0])  # what was refused counts for nothing
 
 
+def test_what_does_not_fit_is_named_as_the_caller_knows_it(device, orthonormal_rows, problem):
+    model = Model(device, orthonormal_rows, problem, (20,), torch.float32)
+    (linears,), before = model.samples(), model.slab.clone()
+    first, blocks = linears[0], model.blocks(resident=False)
+    long = problem(40, *SITES[1], R, torch.float32, seed=0)
+    # of several parts
+    long = dataclasses.replace(linears[1], x=long.x.repeat(20, 1), g=long.g.repeat(20, 1), base_dx=None)
+
+    def raises(message, linears=linears, slab=model.slab, blocks=blocks):
+        with pytest.raises(ValueError, match=message):
+            lora_backward_project([linears], slab, Sgd(0.1), blocks)
+
+    def instead(**changes):
+        return [dataclasses.replace(first, **changes), *linears[1:]]
+
+    raises(r"^master_A has shape \[40, 3\], needs \[40, 4\]", instead(master_A=first.master_A[:, :3]))
+    raises(r"^master_B has shape \[3, 24\], needs \[4, 24\]", instead(master_B=first.master_B[:3]))
+    columns = first.master_B.reshape(-1).as_strided(first.master_B.shape, (1, RANK))
+    raises(r"^master_B has strides \(1, 4\)", instead(master_B=columns))
+    raises(r"^g has shape \[19, 24\], needs \[20, 24\]", instead(g=first.g[:19]))
+    raises("^x of 800 tokens in torch.float32 leaves .* parts, and sample 0 has 1: its linears have one T",
+           [first, long, linears[2]])
+    raises("^slab is torch.bfloat16, needs one of float32", slab=model.slab.bfloat16())
+    raises(r"^slab has shape \[1, \d+\], needs \[\d+\]", slab=model.slab[None])
+    raises(r"^rows of block 1 has strides", blocks=[blocks[0], dataclasses.replace(blocks[1], rows=blocks[1].rows.T)])
+    raises(r"^rows of block 1 is torch.float64",
+           blocks=[blocks[0], dataclasses.replace(blocks[1], rows=blocks[1].rows.double())])
+    assert torch.equal(model.slab, before)
+
+
 @pytest.mark.parametrize("kind", ["none", "others", "taken", "host", "A"])
 def test_what_does_not_fit_is_found_before_the_masters_change(kind, device, orthonormal_rows, problem):
     model = Model(device, orthonormal_rows, problem, (20,), torch.float32)

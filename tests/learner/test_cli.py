@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from ogpstream import learner as learner_package
 from ogpstream.learner import StreamLearner, cli, terminal
 from ogpstream.learner.folder import StateFolder
+from ogpstream.profiling.bench import NAMES
 
 SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snapshot_every=4"]
 # names that scripts depend on
@@ -377,21 +378,26 @@ from ogpstream.profiling import bench, demo
 cli.entry_points = lambda group: []
 for plugin in (bench, demo):
     plugin.register(cli.app)
-cli.main({words!r})
+for words in {commands!r}:
+    cli.main(words)
 print(*sorted(sys.modules))
 """
 
 
 @pytest.mark.parametrize("command", ["help", "status"])
 def test_what_needs_no_model_imports_no_library_of_models(place, command):
-    words = ["--help"] if command == "help" else ["status", "--state", str(place / "state")]
-    program = [sys.executable, "-c", MODULES.format(words=words)]
+    every = [[], ["learn"], ["demo"], ["bench"], *(["bench", name] for name in NAMES)]
+    helps = [[*words, "--help"] for words in every]
+    commands = helps if command == "help" else [["status", "--state", str(place / "state")]]
+    program = [sys.executable, "-c", MODULES.format(commands=commands)]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "typer" in loaded and not loaded & {"transformers", "peft", "triton"}
     assert command == "status" or "torch" not in loaded
     if command == "help":
-        assert all(name in done.stdout for name in ("learn", "status", "rollback", "export", "demo", "bench"))
+        assert all(name in done.stdout for name in ("learn", "status", "rollback", "export", "demo", "bench", *NAMES))
+        # of the help of each, at its beginning
+        assert done.stdout.count("Usage: ogpstream") == len(helps)
         # the exit status is told where a user looks for it
         assert "0 fine; 1 the work failed" in " ".join(done.stdout.split())
 

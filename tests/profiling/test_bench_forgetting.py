@@ -9,7 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from ogpstream.profiling import bench_forgetting
+from ogpstream.profiling import forgetting_run
 from ogpstream.profiling.__main__ import app
 from ogpstream.profiling.methods import METHODS
 
@@ -93,8 +93,8 @@ def test_the_embedded_corrections_need_no_data(base):
 def test_finished_rows_are_not_computed_again(arguments, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "out")]
     first = _rows(arguments, *out, "--methods", "agem,si")
-    real, computed = bench_forgetting.run_row, []
-    monkeypatch.setattr(bench_forgetting, "run_row", lambda job, *rest: computed.append(job) or real(job, *rest))
+    real, computed = forgetting_run.run_row, []
+    monkeypatch.setattr(forgetting_run, "run_row", lambda job, *rest: computed.append(job) or real(job, *rest))
     again = _rows(arguments, *out, "--methods", "agem,mer,si", "--seeds", "2")
     assert [(job.method, job.seed) for job in computed] == [("mer", 0), ("si", 1), ("agem", 1), ("mer", 1)]
     assert [row for row in again if row["seed"] == 0 and row["method"] != "mer"] == first

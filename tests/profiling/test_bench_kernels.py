@@ -8,14 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ogpstream.profiling import bench_kernels, kernel_providers
+from ogpstream.profiling import kernel_providers, kernel_run
 from ogpstream.profiling.__main__ import app
-from ogpstream.profiling.bench_kernels import run_case
 from ogpstream.profiling.gpu_timer import ClockTimer
 from ogpstream.profiling.kernel_cases import Case
-from ogpstream.profiling.kernel_floor import Rates
+from ogpstream.profiling.kernel_floor import Rates, work
 from ogpstream.profiling.kernel_providers import PROVIDERS
-from ogpstream.profiling.kernel_report import WHERE, suggestion, suggestion_text
+from ogpstream.profiling.kernel_report import WHERE, suggestion, suggestion_text, table
+from ogpstream.profiling.kernel_run import run_case
 
 # what scripts rely on
 FIELDS = {"op", "provider", "shape", "dtype", "ms_p50", "gbps", "floor_ratio", "rel_err", "leak", "launches"}
@@ -49,19 +49,44 @@ def test_rows_file_and_picture(tmp_path):
             assert row["ms_p50"] is row["gbps"] is None and row["launches"] > 0, "the interpreter is not timed"
         else:
             assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["launches"] is None
-            assert row["floor_ratio"] == pytest.approx(row["ms_p50"] / row["floor_ms"])
+        # bytes a second and the floor are those of a GPU's memory
+        assert {row[name] for name in ("gbps", "floor_ms", "floor_by", "floor_ratio", "graph_ms_p50")} == {None}
+    assert {values[name] for name in ("copy_gbps", "host_gbps", "tflops", "capability", "driver")} == {None}
     with open(tmp_path / "kernels.csv", newline="") as file:
         stored = list(csv.DictReader(file))
     assert len(stored) == len(values["rows"]) and {*FIELDS, *MORE, *WHERE} <= set(stored[0])
     assert stored[-1]["torch"] == torch.__version__ and stored[-1]["command"] == values["command"]
     assert float(stored[-1]["ms_p50"]) == values["rows"][-1]["ms_p50"]
+    assert {line[name] for line in stored for name in ("gbps", "floor_ratio", "copy_gbps")} == {""}
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_it_says_that_it_is_a_cpu_and_shows_the_table():
     done = run("--ops", "cross_entropy", "--providers", "reference")
-    assert done.exit_code == 0 and "this is a CPU" in done.stderr
-    assert "cross_entropy fp32 T96 V1000: floor" in done.stdout and "  reference" in done.stdout
+    assert done.exit_code == 0 and "this is a CPU" in done.stderr and "GB/s, the floor, cold caches" in done.stderr
+    head, case, row = done.stdout.splitlines()
+    assert head.split() == "ms of a call p20 p50 p80 error".split() and len(row.split()) == 5
+    assert case == "cross_entropy fp32 T96 V1000" and row.startswith("  reference")
+
+
+def test_a_floor_and_bytes_a_second_come_of_measured_rates():
+    case = Case("cross_entropy", "fp32", T=5, V=40)
+    rates = Rates(1e9, 1e9, dict.fromkeys(("bf16", "fp16", "fp32"), 1e9))
+    (row,) = run_case(case, ["reference"], torch.device("cpu"), ClockTimer(), rates, budget=0.0, least=1, graphs=False,
+                      failures={})
+    assert row["floor_ms"] == pytest.approx(1e-6 * work(case).bytes) and row["floor_by"] == "bytes"
+    assert row["floor_ratio"] == pytest.approx(row["ms_p50"] / row["floor_ms"])
+    assert row["gbps"] == pytest.approx(1e-6 * work(case).bytes / row["ms_p50"])
+    head, first, second = table([row])
+    assert "GB/s  x floor" in head and first.endswith(f"floor {row['floor_ms']:.3g} ms (bytes)")
+    assert len(second.split()) == 1 + len(head.removeprefix("ms of a call").replace("x floor", "floor").split())
+
+
+def test_a_backend_that_is_none_is_told_before_anything_is_measured(monkeypatch):
+    monkeypatch.setenv("OGPSTREAM_BACKEND", "abacus")
+    done = run("--ops", "cross_entropy", "--providers", "reference")
+    assert done.exit_code == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "OGPSTREAM_BACKEND=abacus: there is no such backend here, set it to one of: auto," in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ours is left out on the CPU of a machine with a GPU")
@@ -74,9 +99,9 @@ def test_wrong_results_of_ours_and_failures_end_with_1(monkeypatch):
         raise RuntimeError("no such product\nand more")
 
     changed = {"ours": off, "addmm": broken}
-    table = {**PROVIDERS, **{name: replace(PROVIDERS[name], make=make) for name, make in changed.items()}}
-    for module in (bench_kernels, kernel_providers):
-        monkeypatch.setattr(module, "PROVIDERS", table)
+    every = {**PROVIDERS, **{name: replace(PROVIDERS[name], make=make) for name, make in changed.items()}}
+    for module in (kernel_run, kernel_providers):
+        monkeypatch.setattr(module, "PROVIDERS", every)
     done = run("--ops", "lora_forward", "--providers", "ours,addmm,reference", "--json")
     assert done.exit_code == 1
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -132,7 +157,7 @@ def test_cublas_is_suggested_where_it_wins_by_more_than_noise():
 def test_only_what_can_be_captured_is_captured(monkeypatch):
     """Autograd's backward on the stream of its forward would spoil the capture, and what is timed after it."""
     captured = []
-    monkeypatch.setattr(bench_kernels, "graph_seconds", lambda run, timer: captured.append(run) or 1.0)
+    monkeypatch.setattr(kernel_run, "graph_seconds", lambda run, timer: captured.append(run) or 1.0)
     case = Case("lora_backward", "bf16", T=5, L=1, D_in=16, D_out=16, R=8, r=4)
     rates = Rates(1e9, 1e9, dict.fromkeys(("bf16", "fp16", "fp32"), 1e9))
     rows = run_case(case, ["addmm", "peft", "peft_autocast", "cublas"], torch.device("cpu"), ClockTimer(), rates,

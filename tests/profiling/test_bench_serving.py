@@ -20,8 +20,9 @@ from ogpstream.learner.report import LoopStatus, Pace, SampleReport
 from ogpstream.memory.adapters import Pack, Served
 from ogpstream.profiling import bench_serving
 from ogpstream.profiling.bench import register
-from ogpstream.profiling.bench_serving import demo_samples, distribution, random_ids, random_samples, summary
 from ogpstream.profiling.load import Server, arrivals, waits
+from ogpstream.profiling.serving_inputs import demo_samples, random_ids, random_samples
+from ogpstream.profiling.serving_report import distribution, summary
 from ogpstream.profiling.serving_run import Run, check, moved, run
 
 FIELDS = {

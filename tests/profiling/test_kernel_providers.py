@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ogpstream.profiling.bench_kernels import is_correct
-from ogpstream.profiling.kernel_cases import Case
+from ogpstream.profiling.kernel_cases import PROVIDER_NAMES, Case
 from ogpstream.profiling.kernel_problem import Job, Problem
 from ogpstream.profiling.kernel_providers import PROVIDERS, TRITON, launches, left_out
+from ogpstream.profiling.kernel_run import is_correct
 from ogpstream.profiling.kernel_score import Truth
 
 CPU = torch.device("cpu")
@@ -28,6 +28,10 @@ def solve(case: Case, name: str):
     """The problem, what float64 says of it, and the provider's job."""
     problem = Problem(case, DEVICE)
     return Truth(problem), PROVIDERS[name].make(problem)
+
+
+def test_help_names_all_providers():
+    assert tuple(PROVIDERS) == PROVIDER_NAMES
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -1,0 +1,133 @@
+"""The parts of a learner, put together: of a new state, or of one that a folder holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ogpstream.learner import warmstart
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.errors import ModelError, StateError
+from ogpstream.learner.folder import StateFolder
+from ogpstream.learner.gate import Gate
+from ogpstream.learner.intake import Intake
+from ogpstream.learner.queue import RecordQueue, exhaust
+from ogpstream.learner.roster import Roster
+from ogpstream.learner.sites import attach
+from ogpstream.learner.state import LearnerState, environment, fingerprint
+from ogpstream.learner.update import Updater
+from ogpstream.learner.versions import Versions
+
+DEFAULT_EXPERT = "default"
+
+
+class Assembly:
+    """The parts in a sample's order: `intake`, `queue` with its applier, `updater`, `state`.
+
+    Beside them `roster` and `versions`, which change the state by records too. `Assembly.new` and `Assembly.load` give
+    one that can learn; this leaves the state empty.
+
+    Args:
+        model: its linears are adapted (`attachment`), it is frozen and put in eval mode.
+
+    Raises:
+        ConfigError, ModelError.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: LearnerConfig
+    ) -> None:
+        modules = config.target_modules
+        self.attachment = attach(
+            model,
+            rank=config.rank,
+            target_modules=list(modules) if isinstance(modules, tuple) else modules,
+            basis_scope=config.basis_scope,
+        )
+        self.config = config
+        self.state = LearnerState.fresh(self.attachment, config)
+        if config.served_to == "scope":
+            # now, and not when the first prompt has come
+            self.state.scope.warm_up()
+            self.attachment.binding.gate = Gate(self.state.scope, batches=self.attachment.batches)
+        self.updater = Updater(self.attachment, self.state.store, self.state.protection, config)
+        own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
+               "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
+        self.queue = RecordQueue(self.state, self.updater, config, own)
+        self.intake = Intake(tokenizer, self.queue)
+        self.roster, self.versions = Roster(self.queue), Versions(self.queue)
+        try:
+            # not id 0: often the padding, whose embedding is zero and whose logits say nothing
+            vocabulary = self.intake.vocab_size
+            self.updater.walk.check(torch.tensor([[vocabulary // 3, vocabulary // 2]], device=model.device))
+            # now, and not when the first sample has come: a server is waiting then
+            _ = self.updater.preflight.footprint
+        except ModelError:
+            self.attachment.detach()
+            raise
+
+    @classmethod
+    def new(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: LearnerConfig,
+        state_dir: str | os.PathLike[str] | None,
+        calibration: Sequence[str] | None,
+    ) -> Assembly:
+        """With a state that has one expert and, in P, what the base model uses; saved as its first version."""
+        parts = cls(model, tokenizer, config)
+        applier = parts.queue.applier
+        try:
+            if state_dir is not None:
+                applier.folder = folder = StateFolder(state_dir)
+                if not folder.empty:
+                    raise StateError(f"{state_dir} holds a state already: continue it with StreamLearner.load_state")
+            if config.warm_start and config.guard == "fold":
+                parts._warm_start(calibration)
+            applier.adopt(DEFAULT_EXPERT, config.rank, config.scaling)
+            applier.serve({DEFAULT_EXPERT: 1.0})
+            parts.versions.save()
+        except BaseException:
+            parts.close()
+            raise
+        return parts
+
+    @classmethod
+    def load(
+        cls,
+        state_dir: str | os.PathLike[str],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Assembly:
+        """With the state of a folder: the newest valid snapshot, and the journal after it applied."""
+        folder = StateFolder(state_dir)
+        try:
+            snapshot = folder.load()
+            parts = cls(model, tokenizer, LearnerConfig.from_dict(snapshot.meta["config"]))
+            parts.queue.applier.folder = folder
+            try:
+                parts.queue.applier.restore(snapshot.tensors, snapshot.meta)
+                parts.queue.enqueue(folder.records(parts.state.position.seq))
+                exhaust(parts.queue.drain())
+            except BaseException:
+                parts.attachment.detach()
+                raise
+        except BaseException:
+            folder.close()
+            raise
+        return parts
+
+    def close(self) -> None:
+        """Release the state folder and take the adapters out of the model."""
+        self.queue.applier.folder.close()
+        self.attachment.detach()
+
+    def _warm_start(self, calibration: Sequence[str] | None) -> None:
+        """Protect what the base model uses on calibration texts, or on samples of its own."""
+        texts = warmstart.calibration_ids(self.attachment, self.intake.tokenizer, self.config, calibration,
+                                          self.intake.max_tokens)
+        self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))

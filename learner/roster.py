@@ -1,0 +1,91 @@
+"""The experts of a learner by name: made, served, taken in and written as adapters of PEFT."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ogpstream.learner import peft_io
+from ogpstream.learner.apply import Record
+from ogpstream.learner.errors import ConfigError
+from ogpstream.learner.queue import RecordQueue, exhaust
+from ogpstream.learner.samples import EXPERT_NAME
+from ogpstream.memory.adapters import UnknownExpert
+from ogpstream.memory.experts import Expert
+
+
+class Roster:
+    """Changes the experts through records, applied at once after all that is pending; errors are those of the face."""
+
+    def __init__(self, queue: RecordQueue) -> None:
+        self._queue = queue
+        applier = queue.applier
+        self._applier, self._store, self._config = applier, applier.state.store, applier.config
+        self._attachment = applier.updater.attachment
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self._store.names
+
+    def add(self, name: str, rank: int | None) -> None:
+        """See `StreamLearner.add_expert`."""
+        rank = self._config.rank if rank is None else rank
+        self._check_new(name)
+        narrowest = min(min(site.d_in, site.d_out) for site in self._attachment.shapes)
+        if not 1 <= rank <= narrowest:
+            raise ConfigError(f"rank is {rank}: an expert of this model has a rank of 1 to {narrowest}")
+        self._apply({"kind": "expert", "name": name, "rank": rank})
+
+    def activate(self, gates: Mapping[str, float]) -> None:
+        """See `StreamLearner.activate`."""
+        unknown = sorted(set(gates) - set(self.names))
+        most = self._config.max_active
+        if unknown or not 0 < len(gates) <= most:
+            raise ConfigError(f"cannot serve {', '.join(gates) or 'nothing'}: give 1 to {most} of "
+                              f"{', '.join(self.names)}")
+        for name, gate in gates.items():
+            if not math.isfinite(gate):
+                raise ConfigError(f"the gate of {name} is {gate}: it must be a finite number")
+        self._apply({"kind": "activate", "gates": gates})
+
+    def export_peft(self, folder: str | os.PathLike[str], name: str, *, replace: bool) -> Path:
+        """See `StreamLearner.export_peft`."""
+        expert, state, model = self._expert(name), self._applier.state, self._attachment.model
+        factors = []
+        for index in range(len(self._attachment.sites)):
+            held = expert.held[index]
+            factors.append((torch.cat([expert.a(index), held.U], 1),
+                            torch.cat([expert.scaling * expert.b(index), held.V], 0)))
+        peft_io.export_adapter(folder, model=model, attachment=self._attachment, factors=factors,
+                               base_model_name=model.config.name_or_path, replace=replace,
+                               about=f"expert `{name}` as of version {self._store.served.version}, after "
+                                     f"{state.counters.learned} samples that were learned by all experts together")
+        return Path(folder)
+
+    def import_peft(self, folder: str | os.PathLike[str], name: str) -> None:
+        """See `StreamLearner.import_peft`."""
+        self._check_new(name)
+        peft_io.read_adapter(folder, self._attachment)
+        # the journal names the adapter, so the state folder keeps a copy of it
+        source = self._applier.folder.keep_import(Path(folder), name)
+        self._apply({"kind": "import", "name": name, "folder": source})
+
+    def _apply(self, record: Record) -> None:
+        self._queue.acknowledge([record])
+        exhaust(self._queue.drain())
+
+    def _check_new(self, name: str) -> None:
+        if not EXPERT_NAME.fullmatch(name):
+            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
+        if name in self.names:
+            raise ConfigError(f"there is an expert {name!r} already")
+
+    def _expert(self, name: str) -> Expert:
+        try:
+            return self._store.expert(name)
+        except UnknownExpert as error:
+            raise ConfigError(str(error)) from None

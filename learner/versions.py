@@ -1,0 +1,48 @@
+"""The saved versions of a learner: written, copied into another folder, returned to."""
+
+from __future__ import annotations
+
+import os
+
+from ogpstream.learner.errors import StateError
+from ogpstream.learner.folder import StateFolder
+from ogpstream.learner.queue import RecordQueue, exhaust
+
+
+class Versions:
+    """Saves what a queue's records have made of the state; errors are those of the face."""
+
+    def __init__(self, queue: RecordQueue) -> None:
+        self._queue, self._applier = queue, queue.applier
+
+    def saved(self) -> list[int]:
+        """Oldest first."""
+        return self._applier.folder.versions()
+
+    def save(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """See `StreamLearner.save_state`."""
+        self._queue.check_reserved()
+        if folder is None:
+            self._applier.checkpoint()
+            return
+        other = StateFolder(folder)
+        try:
+            if not other.empty:
+                raise StateError(f"{folder} holds a state already: choose another folder")
+            exhaust(self._queue.drain())
+            tensors, meta = self._applier.capture()
+            # its journal starts anew
+            other.save(self._applier.state.store.served.version, tensors, {**meta, "position": {"seq": 0, "done": 0}})
+        finally:
+            other.close()
+
+    def return_to(self, version: int) -> None:
+        """See `StreamLearner.rollback`."""
+        saved = self.saved()
+        if version not in saved:
+            raise StateError(f"no version {version} to return to: there are {', '.join(map(str, saved))}")
+        # kept for as long as the journal may repeat this rollback
+        self._applier.folder.pin(version, "rollback")
+        self._queue.acknowledge([{"kind": "rollback", "to": version}])
+        exhaust(self._queue.drain())
+        self.save()

@@ -1,0 +1,153 @@
+"""Saved versions: continued bit for bit, copied, returned to."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+from ogpstream.learner import Sample, StateError, StreamLearner
+from ogpstream.memory import journal
+
+TinyModel = Callable[..., tf.PreTrainedModel]
+MakeLearner = Callable[..., StreamLearner]
+PROMPT = 4
+
+
+def _sample(seed: int, expert: str = "default", **fields: Any) -> Sample:
+    ids = torch.randint(4, 101, (10,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Sample(prompt_ids=tuple(ids[:PROMPT]), completion_ids=tuple(ids[PROMPT:]), expert=expert, **fields)
+
+
+def _tokens(seed: int = 1000) -> Tensor:
+    return torch.randint(4, 101, (2, 9), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, seed: int = 1000) -> Tensor:
+    logits: Tensor = model(input_ids=_tokens(seed)).logits
+    return logits
+
+
+def _masters(learner: StreamLearner, name: str = "default") -> list[Tensor]:
+    expert = learner.state.store.expert(name)
+    return [expert.factors, *(part for held in expert.held for part in (held.U, held.V))]
+
+
+def _history(learner: StreamLearner, numbers: range) -> None:
+    for number in numbers:
+        learner.learn_batch([_sample(number, id=str(number), expert="other" if number % 3 == 0 else "default")])
+        learner.learn_one(_sample(100 + number))
+        if number % 4 == 3:
+            learner.consolidate()
+
+
+def test_a_loaded_learner_goes_on_bit_for_bit(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """In memory without a stop, from a folder, and from a copy of the state."""
+    whole, stopped = make(snapshot_every=7), make(tmp_path / "state", snapshot_every=7)
+    for learner in (whole, stopped):
+        learner.add_expert("other")
+        _history(learner, range(5))
+    stopped.save_state(tmp_path / "copy")
+    stopped.close()
+    logits = _logits(whole.model)
+    loaded = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    assert loaded.state_sha256() == whole.state_sha256()
+    assert loaded.config == whole.config
+    assert loaded.version == whole.version
+    assert torch.equal(_logits(loaded.model), logits)
+    for learner in (whole, loaded):
+        _history(learner, range(3, 9))
+    assert loaded.state_sha256() == whole.state_sha256()
+    assert torch.equal(_logits(loaded.model), _logits(whole.model))
+    loaded.close()
+
+    copied = StreamLearner.load_state(tmp_path / "copy", tiny_model("llama", num_hidden_layers=1))
+    assert torch.equal(_logits(copied.model), logits)
+    _history(copied, range(3, 9))
+    assert torch.equal(_logits(copied.model), _logits(whole.model))
+    assert all(map(torch.equal, _masters(copied), _masters(whole)))
+    copied.close()
+
+
+def test_a_state_folder_is_not_overwritten(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path) -> None:
+    make(tmp_path / "state").close()
+    with pytest.raises(StateError, match="load_state"):
+        make(tmp_path / "state")
+    with pytest.raises(StateError, match="another base model"):
+        StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1, seed=1))
+    make().save_state(tmp_path / "copy")
+    with pytest.raises(StateError, match="holds a state already"):
+        make().save_state(tmp_path / "copy")
+
+
+def _history_of_default(learner: StreamLearner, numbers: range) -> None:
+    for number in numbers:
+        learner.learn_one(_sample(number, id=str(number)))
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_rollback_returns_to_the_saved_masters(make: MakeLearner, tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "state" if where == "folder" else None
+    learner = make(folder)
+    _history_of_default(learner, range(3))
+    learner.save_state()
+    saved, masters, logits = learner.version, [t.clone() for t in _masters(learner)], _logits(learner.model)
+    bases = {key: basis.rows().clone() for key, basis in learner.state.protection.bases.items()}
+    _history_of_default(learner, range(3, 8))
+    version = learner.version
+    assert not torch.equal(_logits(learner.model), logits)
+    learner.rollback(saved)
+    assert all(map(torch.equal, _masters(learner), masters))
+    assert all(torch.equal(learner.state.protection.bases[key].rows(), rows) for key, rows in bases.items())
+    assert torch.equal(_logits(learner.model), logits)
+    # published as something new, since caches of the undone version must not be taken for it
+    assert learner.version == version + 1
+    status = learner.status()
+    assert (status["learned"], status["quarantined"], status["acknowledged"]) == (3, 5, 8)
+    assert status["ring_samples"] == 3
+    # brought before, so not learned again
+    assert learner.learn_one(_sample(5, id="5")).status == "skipped"
+    assert learner.learn_one(_sample(20, id="20")).status == "learned"
+    with pytest.raises(StateError, match="no version 999"):
+        learner.rollback(999)
+    if folder is not None:
+        entries = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+        assert [entry["id"] for entry in entries] == [str(number) for number in range(3, 8)]
+
+
+def test_rollback_to_a_snapshot_made_within_a_sample(make: MakeLearner, tmp_path: Path) -> None:
+    """The automatic snapshots are: the sample whose update caused one is in it, and is not undone."""
+    learner = make(tmp_path / "state", snapshot_every=3)
+    _history_of_default(learner, range(5))
+    learner.rollback(learner.versions()[-1])
+    status = learner.status()
+    assert (status["learned"], status["quarantined"]) == (3, 2)
+    entries = [json.loads(line) for line in (tmp_path / "state" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in entries] == ["3", "4"]
+
+
+def test_after_a_failed_sync_the_live_state_is_that_of_a_recovery(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state")
+
+    def full(descriptor: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "write_all", full)
+        with pytest.raises(StateError, match="No space left"):
+            learner.learn_one(_sample(0, id="a"))
+    assert learner.learn_one(_sample(0, id="a")).status == "learned"
+    assert learner.state.counters.learned == 1
+    wanted = learner.state_sha256()
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    loaded = StreamLearner.load_state(tmp_path / "copy", tiny_model("llama", num_hidden_layers=1))
+    assert loaded.state_sha256() == wanted
+    loaded.close()
