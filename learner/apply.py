@@ -115,8 +115,6 @@ class Applier:
                 self.folder.quarantine({**record, "reason": reason})
                 return self._report(record, trained, "rejected", started, loss, updates, reason)
             counters.learned += 1
-            if self.config.served_to == "scope":
-                self.state.scope.add(record["expert"], new.ids[: new.prompt_length])
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
             self.recall.note(slots, update, first=1)
@@ -283,7 +281,7 @@ class Applier:
                 adapter = peft_io.read_adapter(self.folder.imported(record["folder"]), self.updater.attachment)
                 self.adopt(record["name"], adapter.rank, adapter.scaling, adapter.factors)
                 # what it was trained on is not known
-                self.state.scope.everywhere.add(record["name"])
+                self.state.store.scope = self.state.store.scope.opened(record["name"])
             case "activate":
                 self.serve(record["gates"])
             case "rollback":

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpstream.learner import warmstart
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.description import Describer
 from ogpstream.learner.errors import ModelError, StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.gate import Gate
@@ -50,9 +51,10 @@ class Assembly:
         self.config = config
         self.state = LearnerState.fresh(self.attachment, config)
         if config.served_to == "scope":
+            describer = Describer(model.get_input_embeddings())
             # now, and not when the first prompt has come
-            self.state.scope.warm_up()
-            self.attachment.binding.gate = Gate(self.state.scope, batches=self.attachment.batches)
+            describer.warm_up()
+            self.attachment.binding.gate = Gate(describer, batches=self.attachment.batches)
         self.updater = Updater(self.attachment, self.state.store, self.state.protection, config)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}

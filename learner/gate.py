@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ogpstream.learner.binding import Share
+from ogpstream.learner.description import Describer
 from ogpstream.learner.errors import StateError
-from ogpstream.learner.scope import Scope
 from ogpstream.memory.adapters import Served
 
 # so many ids at once, behind a cache, are looked at as another question; fewer are tokens that some method of decoding
@@ -29,12 +29,12 @@ class Gate:
     """Decides for the forwards of one model.
 
     Args:
-        scope: of its experts.
+        describer: of its prompts.
         batches: every adapted linear sees the rows of a batch apart.
     """
 
-    def __init__(self, scope: Scope, *, batches: bool) -> None:
-        self.scope, self.batches = scope, batches
+    def __init__(self, describer: Describer, *, batches: bool) -> None:
+        self.describer, self.batches = describer, batches
         self._caches: WeakKeyDictionary[Any, Answering] = WeakKeyDictionary()
         self._variants: tuple[Served, dict[frozenset[str], Served]] | None = None
 
@@ -58,12 +58,15 @@ class Gate:
                 return (Share(served),), None
             answering = _repeated(answering, len(ids))
             if ids.shape[1] >= QUESTION:
-                answering = [before | self.scope.answering(row, served.experts)
+                answering = [before | self.answering(served, row)
                              for before, row in zip(answering, ids.tolist(), strict=True)]
         else:
-            answering = [self.scope.answering(row, served.experts)
-                         for row in _prompts(ids, inputs.get("attention_mask"))]
+            answering = [self.answering(served, row) for row in _prompts(ids, inputs.get("attention_mask"))]
         return self._shares(served, answering, ids.device), answering
+
+    def answering(self, served: Served, ids: Sequence[int]) -> frozenset[str]:
+        """The experts of a version that answer a prompt."""
+        return served.scope.answering(ids, served.experts, self.describer)
 
     def remember(self, cache: Any, answering: Answering) -> None:
         """The prompts of these rows are in a cache of the model's."""

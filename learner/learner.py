@@ -157,10 +157,10 @@ class StreamLearner:
         """
         served = self.attachment.binding.current()
         assert served is not None
-        if self.config.served_to == "all":
+        gate = self.attachment.binding.gate
+        if gate is None:
             return served.experts
-        ids = encode_prompt(prompt, self.tokenizer)
-        names = self.state.scope.answering(ids, served.experts)
+        names = gate.answering(served, encode_prompt(prompt, self.tokenizer))
         return tuple(name for name in served.experts if name in names)
 
     @property

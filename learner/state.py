@@ -19,7 +19,6 @@ from torch import Tensor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
-from ogpstream.learner.scope import Scope
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
@@ -80,7 +79,6 @@ class LearnerState:
 
     store: AdapterStore
     protection: Protection
-    scope: Scope
     ring: ReplayRing
     waiting: ReplayRing
     seen: SeenIds
@@ -99,7 +97,6 @@ class LearnerState:
                          # 16 columns are the least that tensor cores multiply
                          multiple=1 if model.device.type == "cpu" else 16),
             Protection(shapes, config),
-            Scope(model.get_input_embeddings()),
             ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=vocabulary, keep=config.ring_keep,
                        draw=config.ring_draw, seed=config.seed),
             ReplayRing(WAITING, SLOT_TOKENS, vocab_size=vocabulary),
@@ -141,9 +138,8 @@ class LearnerState:
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state does not fit this learner: {error}") from error
 
-    def _parts(self) -> dict[str, AdapterStore | Protection | Scope | ReplayRing]:
-        return {"experts": self.store, "bases": self.protection, "scope": self.scope, "ring": self.ring,
-                "waiting": self.waiting}
+    def _parts(self) -> dict[str, AdapterStore | Protection | ReplayRing]:
+        return {"experts": self.store, "bases": self.protection, "ring": self.ring, "waiting": self.waiting}
 
     def _windows(self) -> dict[str, SeenIds]:
         return {"seen": self.seen, "refused": self.refused}

@@ -24,6 +24,7 @@ from ogpstream.memory.experts import Expert, Held, checked
 from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 from ogpstream.memory.room import Room, Sources, put
+from ogpstream.memory.scope import Scope
 
 # matrices and scales of a served version start at multiples of 16 elements: 32 B in bf16, so that loads can be vector
 # loads, and one kernel serves all of a shape
@@ -64,6 +65,7 @@ class Served:
     gates: tuple[float, ...]
     packs: tuple[Pack, ...]
     made_of: Sources | None = field(default=None, repr=False, compare=False)
+    scope: Scope = field(default_factory=Scope, repr=False, compare=False)
 
     def only(self, names: Collection[str]) -> Served:
         """This version with the other experts' gates at 0: the same matrices, new scales."""

