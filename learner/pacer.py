@@ -215,12 +215,8 @@ class Pacer:
         def step() -> Iterable[object]:
             return updater.proposer.run(expert, [updater.staging.sink(expert).slab])
 
-        def publish() -> None:
-            before = store.served
-            try:
-                store.publish()
-            finally:
-                store.served = before
+        def publish() -> Iterable[object]:
+            return store.building(store.active, {name: store.expert(name) for name in store.active})
 
         whole, rest = yield from typical(("step", 0, 0), step, publish)
         return Costs(len(plan.calls), Line(tuple((tokens, pair[0]) for tokens, pair in layers.items())),

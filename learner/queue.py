@@ -21,7 +21,7 @@ from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
 
 # kinds of records about how another one is applied: journaled after it, and before what they say is done
-_ABOUT = ("shorten", "pace")
+_ABOUT = ("shorten", "pace", "put off")
 
 
 class RecordQueue:
@@ -91,6 +91,8 @@ class RecordQueue:
                     continue
                 if record["kind"] == "shorten":
                     other.setdefault("limits", []).append([record["done"], record["tokens"]])
+                elif record["kind"] == "put off":
+                    other.setdefault("put_off", []).append(record["expert"])
                 else:
                     other.setdefault("paces", []).append([record["done"], record["prompt"], record["layers"]])
 

@@ -161,11 +161,13 @@ class _Phases:
                 try:
                     unit = next(work)
                 except StopIteration as end:
-                    # the last unit publishes: its memory is that of the second serving copy
                     if end.value.refusal is not None:
                         raise RuntimeError(f"the update was refused: {end.value.refusal}") from None
                     return state, activations
                 peak = allocated.peak(meter) - self.served - kept
+                if unit == "publish":
+                    # its memory is that of the second serving copy
+                    continue
                 if unit in _ACTIVE:
                     # parts of gradients are counted by the meter alone, and taken out of what the allocator has
                     state = max(state, kept + meter.state_peak)

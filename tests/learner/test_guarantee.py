@@ -17,7 +17,9 @@ from ogpstream.learner import LearnerConfig, Sample, StreamLearner, update
 from ogpstream.learner.apply import Applier
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.certificate import DriftMeter, spectral_norm
+from ogpstream.learner.draft import Draft
 from ogpstream.learner.folder import MemoryFolder
+from ogpstream.learner.learner import _exhaust
 from ogpstream.learner.proposal import Proposer
 from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.state import Counters, LearnerState, Position
@@ -25,6 +27,7 @@ from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import Lesson, Updater
 from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Held
 from ogpstream.memory.layout import SiteShape
 from ogpstream.memory.replay import ReplayRing
@@ -124,7 +127,7 @@ class Bench:
             except StopIteration as end:
                 self.look()
                 report: update.Update = end.value
-                self.updater.restart(name)
+                _exhaust(self.updater.restart(name))
                 self.look()
                 assert report.refusal is None
                 return report
@@ -269,17 +272,17 @@ def test_a_long_story_with_everything_in_it(
 
 
 def _take_out_the_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protection, "_fold", lambda self, expert, directions: None)
+    patch.setattr(Draft, "_fold", lambda self, expert, key, directions: iter(()))
 
 
 def _take_out_the_late_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protection, "fold", lambda self, expert: None)
-    real = Protection._fold
+    patch.setattr(Draft, "fold", lambda self, name: iter(()))
+    real = Draft._fold
 
-    def only_of_this_moment(self: Protection, expert: Any, directions: dict[str, Tensor]) -> None:
-        real(self, expert, {key: N[:, -2:] for key, N in directions.items()})
+    def only_of_this_moment(self: Draft, expert: Any, key: str, directions: Tensor) -> Generator[None, None, None]:
+        return real(self, expert, key, directions[:, -2:])
 
-    patch.setattr(Protection, "_fold", only_of_this_moment)
+    patch.setattr(Draft, "_fold", only_of_this_moment)
 
 
 def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
@@ -294,7 +297,7 @@ def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
 
 
 def _restart_anywhere(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protection, "_live", lambda self, key, real=Protection._live: 0.0 * real(self, key))
+    patch.setattr(ProjectionBasis, "directions", lambda self, real=ProjectionBasis.directions: 0.0 * real(self))
 
 
 @pytest.mark.parametrize(
