@@ -22,6 +22,7 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.draft import fold_now
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.pace import Choice
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
@@ -29,7 +30,7 @@ from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.trial import activating
-from ogpstream.learner.update import Lesson, NoRoom, Updater
+from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import Slot
 
 Record = dict[str, Any]

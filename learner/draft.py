@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +17,11 @@ from ogpstream.kernels import dispatch
 from ogpstream.learner.fold import add_to_held, remove
 from ogpstream.learner.protection import Protection, occupied
 from ogpstream.learner.restart import drawing, read_directions
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout
 from ogpstream.memory.pinned import host_empty
-
-T = TypeVar("T")
 
 # singular values of dA under this share of the largest carry no direction
 NO_DIRECTION = 1e-3
@@ -107,13 +105,13 @@ class Draft:
             # before a direction is replaced: the least used one is
             if key in used:
                 self._basis(key).record_use(used[key])
-            before = self.growth
             for gradient in gradients:
                 found = self._candidates(key, layout.a_block(gradient, key))
                 if found is not None:
                     yield from self.admit(key, found)
+                    yield
             looks += 1
-            if self.growth != before or looks == LOOKS:
+            if looks == LOOKS:
                 looks = 0
                 yield
 
@@ -255,8 +253,7 @@ class Draft:
 def fold_now(protection: Protection, expert: Expert) -> None:
     """`Draft.fold` of an expert, all at once."""
     draft = Draft(protection, [expert])
-    for _ in draft.fold(expert.name):
-        pass
+    exhausted(draft.fold(expert.name))
     draft.commit()
 
 
@@ -281,17 +278,6 @@ def candidates(gradient: Tensor, at_most: int) -> Tensor:
     keep = min(at_most, int((values > NO_DIRECTION**2 * values[-1]).sum()))
     leading = wide @ vectors[:, -keep:].flip(1)
     return leading / leading.norm(dim=0)
-
-
-def named(unit: str, work: Generator[None, None, T]) -> Generator[str, None, T]:
-    """The units of a work under a name, and its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        yield unit
 
 
 def _whole(layout: Layout, factors: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor]:

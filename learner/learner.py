@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ from ogpstream.learner.report import RehearsalReport, SampleReport
 from ogpstream.learner.samples import EXPERT_NAME, Refused, Sample, refuse
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import SLOT_TOKENS, LearnerState, environment, fingerprint
+from ogpstream.learner.units import exhausted
 from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
@@ -38,7 +39,6 @@ PERIOD = 1000
 _REFUSED_BEFORE = "a guard refused it before, quarantine.jsonl says why; change it to have it tried again"
 
 Verifier = Callable[[str, str], Sample | None]
-T = TypeVar("T")
 
 
 class StreamLearner:
@@ -313,7 +313,7 @@ class StreamLearner:
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
         """
-        return _exhaust(self.step(sample))
+        return exhausted(self.step(sample))
 
     def step(self, sample: Sample) -> Generator[str, None, SampleReport]:
         """`learn_one` as a generator that stops after every unit of work.
@@ -402,7 +402,7 @@ class StreamLearner:
         self.queue.acknowledge([plan for plan in planned if isinstance(plan, dict)])
         reports = []
         for plan in planned:
-            report = _exhaust(self.queue.apply_next()) if isinstance(plan, dict) else plan
+            report = exhausted(self.queue.apply_next()) if isinstance(plan, dict) else plan
             assert isinstance(report, SampleReport)
             reports.append(report)
             if on_report is not None:
@@ -450,7 +450,7 @@ class StreamLearner:
 
     def drain(self) -> Report:
         """Apply everything that is acknowledged and pending; the report of the last record."""
-        return _exhaust(self.queue.drain())
+        return exhausted(self.queue.drain())
 
     # experts
 
@@ -631,13 +631,3 @@ class StreamLearner:
         """Protect what the base model uses on calibration texts, or on samples of its own."""
         texts = warmstart.calibration_ids(self.attachment, self.tokenizer, self.config, calibration, self.max_tokens)
         self.state.protection.warm_start(warmstart.input_covariances(self.attachment, texts))
-
-
-def _exhaust(work: Generator[str, None, T]) -> T:
-    """Run a generator of units to its end and return its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result

@@ -19,6 +19,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
 
@@ -49,13 +50,7 @@ def drawing(layout: Layout, *keys: object, dtype: torch.dtype) -> Generator[None
 
 def fresh_factors(layout: Layout, *keys: object, dtype: torch.dtype) -> Tensor:
     """What `drawing` draws, at once."""
-    work = drawing(layout, *keys, dtype=dtype)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            slab: Tensor = end.value
-            return slab
+    return exhausted(drawing(layout, *keys, dtype=dtype))
 
 
 def read_directions(expert: Expert, key: str, at_most: int) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import closing
 
-from ogpstream.learner.draft import Draft, named
+from ogpstream.learner.draft import Draft
 from ogpstream.learner.report import Update
+from ogpstream.learner.units import named
 from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.draft import Draft, Growth, named
-from ogpstream.learner.encoding import cut_prompt
+from ogpstream.learner.draft import Draft, Growth
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.preflight import Preflight
 from ogpstream.learner.proposal import Proposal, Proposer
 from ogpstream.learner.protection import Protection
@@ -26,6 +26,7 @@ from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
 from ogpstream.learner.staging import staging_for
 from ogpstream.learner.step import Reading, sample_gradients
+from ogpstream.learner.units import named
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore, Served
 from ogpstream.memory.experts import Expert
@@ -39,45 +40,6 @@ class NoRoom(Exception):
     def __init__(self, tokens: int) -> None:
         super().__init__(f"out of memory: try with at most {tokens} tokens")
         self.tokens = tokens
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Token ids to learn from.
-
-    Attributes:
-        again: they had an update before, so that they can count as learned.
-        refusal: why nothing may be computed with them, or None.
-    """
-
-    ids: Sequence[int]
-    prompt_length: int
-    again: bool
-    refusal: str | None = None
-
-    @property
-    def rows(self) -> int:
-        """Supervised ids."""
-        return len(self.ids) - self.prompt_length
-
-    def asking(self, prompt: int, first: int | None) -> Lesson:
-        """The lesson with at most `prompt` ids of its prompt, at least 1, cut as `within` does."""
-        return self.within(self.rows + prompt, first)
-
-    def within(self, tokens: int | None, first: int | None) -> Lesson:
-        """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
-
-        Args:
-            first: an id that stays where the prompt begins with it, such as the tokenizer's bos.
-        """
-        if tokens is None or len(self.ids) <= tokens:
-            return self
-        if tokens <= self.rows:
-            return replace(self, refusal=f"there is no memory for the {self.rows} tokens of the completion alone: "
-                                         "free some, or split it")
-        prompt, cut = list(self.ids[: self.prompt_length]), len(self.ids) - tokens
-        kept = cut_prompt(prompt, cut, int(prompt[0] == first))
-        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept))
 
 
 class Updater:

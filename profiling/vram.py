@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from ogpstream.learner import LearnerConfig
 from ogpstream.learner.anchor import COLUMNS, BaseAnchor
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import LearnerState
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
 from ogpstream.profiling.fake_device import DEVICE, fake_device

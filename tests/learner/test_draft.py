@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,22 @@ import transformers as tf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ogpstream.learner import IdleLoop, LearnerConfig, LoopEngine, Sample, StreamLearner, draft, fold
+from ogpstream.learner import (
+    IdleLoop,
+    LearnerConfig,
+    LoopEngine,
+    Sample,
+    StreamLearner,
+    draft,
+    fold,
+    protection,
+    restart,
+)
 from ogpstream.learner.draft import Draft, candidates
-from ogpstream.learner.learner import _exhaust
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.protection import Protection
-from ogpstream.learner.update import Lesson
+from ogpstream.learner.units import exhausted
+from ogpstream.memory import adapters
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert
@@ -112,7 +124,7 @@ def test_dropped_at_any_unit_nothing_has_changed(tiny_model: TinyModel, kind: st
         assert _everything(learner) == before, f"after {stop} units, before it was dropped"
         work.close()
         assert _everything(learner) == before, f"after {stop} units"
-    _exhaust(WORKS[kind](learner))
+    exhausted(WORKS[kind](learner))
     assert learner.state_sha256() == whole.state_sha256()
     for ours, theirs in zip(learner.state.store.served.packs, whole.state.store.served.packs, strict=True):
         assert all(map(torch.equal, (ours.A, ours.B, ours.scale), (theirs.A, theirs.B, theirs.scale)))
@@ -217,7 +229,7 @@ def _sample_by_sample(protection: Protection, experts: Sequence[Expert], gradien
         protection.bases[key].record_use(mask)
     for gradient in gradients:
         outside, new = gradient.clone(), {}
-        protection.project_(layout, outside)
+        exhausted(protection.project_(layout, outside))
         for key, basis in protection.bases.items():
             block, rest = layout.a_block(gradient, key), layout.a_block(outside, key)
             if float(rest.norm()) > config.novelty * float(block.norm()):
@@ -256,7 +268,7 @@ def test_input_by_input_has_the_bits_of_sample_by_sample(held_rank: int | None) 
         used = {key: torch.rand(32, generator=generator) < 0.4 for key in plain.bases}
         pruned += _sample_by_sample(plain, theirs, gradients, used)
         made = Draft(protection, experts)
-        _exhaust(made.grow(layout, gradients, used))
+        exhausted(made.grow(layout, gradients, used))
         made.commit()
         growth += made.growth
         for key, basis in plain.bases.items():
@@ -274,22 +286,21 @@ def test_input_by_input_has_the_bits_of_sample_by_sample(held_rank: int | None) 
     assert growth.pruned == pruned > 0 and growth.replaced > 20
 
 
-def test_large_slabs_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More units, and the same bits."""
-    config = LearnerConfig(basis_columns=5, held_rank=5, restart_loss=1.0)
-    found = []
-    for part in (draft.PART, 100):
-        monkeypatch.setattr(draft, "PART", part)
-        protection, experts = _trained(config)
-        made = Draft(protection, experts)
-        gradient = torch.randn(experts[0].layout.numel, generator=torch.Generator().manual_seed(3))
-        units = len(list(made.follow("e"))) + len(list(made.grow(experts[0].layout, [gradient], {})))
-        units += len(list(made.restart("e")))
-        made.commit()
-        found.append((units, [slab.clone() for one in experts for slab in (one.factors, one.exp_avg, one.average)
-                              if slab is not None]))
-    assert found[1][0] > found[0][0] + 10
-    assert len(found[0][1]) == 5 and all(map(torch.equal, found[0][1], found[1][1]))
+@pytest.mark.parametrize("kind", WORKS)
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_a_larger_model_has_more_units_and_no_other_bits(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: str, scope: Any
+) -> None:
+    learner, whole = (_learner(tiny_model, basis_scope=scope) for _ in range(2))
+    few = Counter(WORKS[kind](whole))
+    for module, name, size in ((draft, "PART", 100), (draft, "CUTS", 1), (draft, "LOOKS", 1), (restart, "DRAWS", 1),
+                               (protection, "READS", 1), (adapters, "_SITES", 1)):
+        monkeypatch.setattr(module, name, size)
+    many = Counter(WORKS[kind](learner))
+    assert learner.state_sha256() == whole.state_sha256()
+    names = {"restart", "publish"} if kind == "restart" else {
+        "average", "growth", "publish", *(("gradient", "anchor", "projection") if scope == "layer" else ())}
+    assert all(many[name] > few[name] > 0 for name in names)
 
 
 def test_slabs_of_others_are_not_written_into() -> None:
@@ -297,7 +308,7 @@ def test_slabs_of_others_are_not_written_into() -> None:
     slabs = [getattr(one, name) for one in experts for name in ("factors", "exp_avg", "average")]
     before, rows = [slab.clone() for slab in slabs], {key: basis.rows() for key, basis in protection.bases.items()}
     made = Draft(protection, experts)
-    _exhaust(made.grow(experts[0].layout, [torch.ones(experts[0].layout.numel)], {}))
+    exhausted(made.grow(experts[0].layout, [torch.ones(experts[0].layout.numel)], {}))
     assert made.growth.admitted == 3
     assert all(map(torch.equal, slabs, before)) and not any(one.any() for one in rows.values())
     made.commit()
@@ -417,5 +428,5 @@ def test_memory_that_runs_out_in_any_unit_of_a_restart(tiny_model: TinyModel, op
                 assert len(failing.names) < operation
         work.close()
         assert _everything(learner) == before
-    _exhaust(_restarted(learner))
+    exhausted(_restarted(learner))
     assert learner.state_sha256() == whole.state_sha256()

@@ -19,13 +19,14 @@ from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.certificate import DriftMeter, spectral_norm
 from ogpstream.learner.draft import Draft
 from ogpstream.learner.folder import MemoryFolder
-from ogpstream.learner.learner import _exhaust
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.proposal import Proposer
 from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.units import exhausted
+from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Held
@@ -127,7 +128,7 @@ class Bench:
             except StopIteration as end:
                 self.look()
                 report: update.Update = end.value
-                _exhaust(self.updater.restart(name))
+                exhausted(self.updater.restart(name))
                 self.look()
                 assert report.refusal is None
                 return report
@@ -289,10 +290,14 @@ def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
     project, step = Protection.project_, Proposer._step
 
     def early(self: Proposer, expert: Any, piece: Any, flats: Any, gradient: Tensor, eps: Any) -> None:
-        project(self.protection, piece.layout, gradient)
+        exhausted(project(self.protection, piece.layout, gradient))
         step(self, expert, piece, flats, gradient, eps)
 
-    patch.setattr(Protection, "project_", lambda self, layout, slab: Use())
+    def nothing(self: Protection, layout: Any, slab: Tensor) -> Generator[None, None, Use]:
+        yield
+        return Use()
+
+    patch.setattr(Protection, "project_", nothing)
     patch.setattr(Proposer, "_step", early)
 
 

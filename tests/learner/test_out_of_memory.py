@@ -12,8 +12,8 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ogpstream.learner import LearnerConfig, Sample, SampleError, StreamLearner, pacer, step
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
-from ogpstream.learner.update import Lesson
 from ogpstream.learner.walk import LayerCall, run_layer
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert

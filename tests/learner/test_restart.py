@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.learner.draft import Draft, Growth, fold_now
-from ogpstream.learner.learner import _exhaust
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.restart import fresh_factors, read_directions
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout, SiteShape
@@ -43,13 +43,13 @@ def trained(config: LearnerConfig, *names: str, rank: int = 4) -> tuple[Protecti
 def admit(protection: Protection, found: dict[str, Tensor], *experts: Expert) -> None:
     draft = Draft(protection, experts)
     for key, directions in found.items():
-        _exhaust(draft.admit(key, directions))
+        exhausted(draft.admit(key, directions))
     draft.commit()
 
 
 def restart(protection: Protection, expert: Expert, *others: Expert) -> Growth | None:
     draft = Draft(protection, [expert, *others])
-    made = _exhaust(draft.restart(expert.name))
+    made = exhausted(draft.restart(expert.name))
     draft.commit()
     return draft.growth if made else None
 

@@ -10,9 +10,9 @@ import transformers as tf
 from torch import Tensor
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, staging, update
-from ogpstream.learner.learner import _exhaust
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.staging import Lean, Piece, PieceSink, Resident, Staging, in_pieces
-from ogpstream.learner.update import Lesson
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.layout import Layout, SiteShape
@@ -152,7 +152,7 @@ def test_an_update_of_the_top_layer_leaves_the_others_bit_for_bit(
         top = one._updater.sites_of(1)
         # what is folded in a P that all layers share moves what the others hold, and what they hold alone
         one.state.protection.config = replace(one.config, directions_per_sample=int(scope == "layer"))
-        report = _exhaust(one._updater.run("default", [lesson], 1))
+        report = exhausted(one._updater.run("default", [lesson], 1))
         assert report.learned == (True,) and (report.admitted > 0) == (scope == "layer")
     sites, layout = learner.attachment.sites, expert.layout
     for name, was in before[0].items():

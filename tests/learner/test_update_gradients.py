@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.learner.activations import ActivationPlan
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.sites import Attachment, GradientSink, attach
 from ogpstream.learner.step import sample_gradients
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
@@ -298,8 +299,8 @@ def test_an_update_dropped_at_any_unit_changes_nothing(tiny_model: TinyModel, gu
     assert learner.state.protection.columns > 0
     units, _ = _exhaust(whole.step(_sample(9)))
     own = {"average"} if guard == "fold" else set()
-    assert {"plan", "forward", "loss", "backward", "gradient", "optimizer", "projection", "growth", "publish",
-            *own} == set(units)
+    assert {"plan", "forward", "loss", "backward", "gradient", "optimizer", "anchor", "projection", "growth",
+            "publish", *own} == set(units)
     version = learner.version
     for stop in range(1, len(units) + 1):
         # the first call acknowledges the sample, the others find it pending
