@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ogpstream.kernels import dispatch
 from ogpstream.learner.fold import add_to_held, remove
-from ogpstream.learner.protection import Protection, occupied
+from ogpstream.learner.protection import READS, Protection, occupied
 from ogpstream.learner.restart import drawing, read_directions
 from ogpstream.learner.units import exhausted
 from ogpstream.memory.basis import ProjectionBasis
@@ -25,12 +25,12 @@ from ogpstream.memory.pinned import host_empty
 
 # singular values of dA under this share of the largest carry no direction
 NO_DIRECTION = 1e-3
-# elements of a slab that are copied in one unit: 4 MiB, 1 ms
+# elements of a slab that are copied in one unit: 4 MiB in 2 ms
 PART = 2**20
-# linear inputs in a unit that finds nothing new in them: 8 bases of [256, 2048] are read in 2 ms
-LOOKS = 8
-# linears in a unit, where an input has more: a cut of [2048, 40] takes 2 ms
+# linears in a unit, where an input has more: a cut at width 256 takes 1.4 ms
 CUTS = 4
+# numbers of P that could be read while the uses of one basis are counted, which takes 40 us
+COUNT = 2**12
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Draft:
             gradients: flat slab of each sample's dA and dB, before any projection, in host RAM.
             used: by basis, mask `[rows]` of the directions that the update used: `Protection.used`.
         """
-        looks = 0
-        for key in self._protection.bases:
+        reads = 0
+        for key, basis in self._protection.bases.items():
             # before a direction is replaced: the least used one is
             if key in used:
                 self._basis(key).record_use(used[key])
@@ -110,9 +110,9 @@ class Draft:
                 if found is not None:
                     yield from self.admit(key, found)
                     yield
-            looks += 1
-            if looks == LOOKS:
-                looks = 0
+            reads += COUNT + len(gradients) * len(occupied(basis)) * basis.d_in
+            if reads > READS:
+                reads = 0
                 yield
 
     def _candidates(self, key: str, block: Tensor) -> Tensor | None:

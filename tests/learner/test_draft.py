@@ -293,7 +293,7 @@ def test_a_larger_model_has_more_units_and_no_other_bits(
 ) -> None:
     learner, whole = (_learner(tiny_model, basis_scope=scope) for _ in range(2))
     few = Counter(WORKS[kind](whole))
-    for module, name, size in ((draft, "PART", 100), (draft, "CUTS", 1), (draft, "LOOKS", 1), (restart, "DRAWS", 1),
+    for module, name, size in ((draft, "PART", 100), (draft, "CUTS", 1), (draft, "READS", 1), (restart, "DRAWS", 1),
                                (protection, "READS", 1), (adapters, "_SITES", 1)):
         monkeypatch.setattr(module, name, size)
     many = Counter(WORKS[kind](learner))
