@@ -14,12 +14,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ogpstream.learner import peft_io
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.draft import fold_now
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.pace import Choice
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
@@ -27,7 +30,7 @@ from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.trial import activating
-from ogpstream.learner.update import Lesson, NoRoom, Updater
+from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import Slot
 
 Record = dict[str, Any]
@@ -46,7 +49,7 @@ class Applier:
         own: what identifies this learner in a snapshot: its config, the base model's fingerprint, the environment.
         acknowledge: writes records into the journal and queues them. One of kind "shorten" enters its tokens into the
             `limits` of the record that it is of, which may be the one that is being applied; one of kind "pace" its
-            choice into the `paces`.
+            choice into the `paces`, one of kind "put off" its expert into the `put_off`.
 
     Attributes:
         pacer: the time budget of the updates.
@@ -171,14 +174,30 @@ class Applier:
             updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
         admitted = sum(update.admitted for update in updates)
         for name in self.state.store.active:
-            growth = self.updater.restart(name)
-            if growth is not None:
-                admitted += growth.admitted
-                yield "restart"
+            admitted += yield from self._restart(record, name)
         self.state.counters.consolidations += 1
         losses = [loss for update in updates for loss in update.losses if math.isfinite(loss)]
         return RehearsalReport(self.state.position.done, self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, admitted)
+
+    def _restart(self, record: Record, name: str) -> Generator[str, None, int]:
+        """Restart an expert if it is due; where there is no memory for it, it is put off. Returns how much P grew."""
+        if name not in record.get("put_off", ()):
+            try:
+                growth = yield from self.updater.restart(name)
+                return 0 if growth is None else growth.admitted
+            except torch.OutOfMemoryError:
+                # what was computed is held by the exception, so room is made after this block
+                pass
+            self.updater.ran_out()
+            _log.warning("out of memory in the restart of the expert %r: it is put off for %d updates", name,
+                         self.config.restart_after)
+            # how much memory there is, is no part of the state: the journal says what was done about it
+            yield WRITES
+            self.acknowledge([{"kind": "put off", "of": record["seq"], "expert": name}])
+            yield "written"
+        self.updater.put_off(name)
+        return 0
 
     def _rehearse(
         self, record: Record, count: int, *, waiting: bool, but: Sequence[Slot] = ()
@@ -272,7 +291,7 @@ class Applier:
                 counters.quarantined += 1
                 self.folder.quarantine(record)
                 return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
-            case "shorten" | "pace":
+            case "shorten" | "pace" | "put off":
                 # they act on the record that they name
                 pass
             case "expert":
@@ -305,7 +324,7 @@ class Applier:
             if given is not None:
                 layout.a(slab, index).copy_(given[0])
                 layout.b(slab, index).copy_(given[1])
-        self.state.protection.fold(store.create(name, rank, scaling, slab))
+        fold_now(self.state.protection, store.create(name, rank, scaling, slab))
 
     def serve(self, gates: Mapping[str, float]) -> None:
         """Make exactly these experts active, each folded against the P of now, and publish."""
@@ -315,7 +334,7 @@ class Applier:
                 store.deactivate(name)
         # sorted, as the journal gives them back: the order decides which one is the least recently used
         for name, gate in sorted(gates.items()):
-            self.state.protection.fold(store.expert(name))
+            fold_now(self.state.protection, store.expert(name))
             store.activate(name, gate)
         self.updater.publish()
 

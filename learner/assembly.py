@@ -15,10 +15,11 @@ from ogpstream.learner.errors import ModelError, StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.gate import Gate
 from ogpstream.learner.intake import Intake
-from ogpstream.learner.queue import RecordQueue, exhaust
+from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.roster import Roster
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import LearnerState, environment, fingerprint
+from ogpstream.learner.units import exhausted
 from ogpstream.learner.update import Updater
 from ogpstream.learner.versions import Versions
 
@@ -114,7 +115,7 @@ class Assembly:
             try:
                 parts.queue.applier.restore(snapshot.tensors, snapshot.meta)
                 parts.queue.enqueue(folder.records(parts.state.position.seq))
-                exhaust(parts.queue.drain())
+                exhausted(parts.queue.drain())
             except BaseException:
                 parts.attachment.detach()
                 raise

@@ -21,10 +21,10 @@ from ogpstream.learner.compilation import compile_kernels
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.encoding import Encoded, encode_prompt
 from ogpstream.learner.errors import ConfigError
-from ogpstream.learner.queue import exhaust
 from ogpstream.learner.report import RehearsalReport, SampleReport
 from ogpstream.learner.samples import Message, Refused, Sample
 from ogpstream.learner.status import live_status
+from ogpstream.learner.units import exhausted
 
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000
@@ -215,7 +215,7 @@ class StreamLearner:
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
         """
-        return exhaust(self.step(sample))
+        return exhausted(self.step(sample))
 
     def step(self, sample: Sample) -> Generator[str, None, SampleReport]:
         """`learn_one` as a generator that stops after every unit of work.
@@ -281,7 +281,7 @@ class StreamLearner:
         self.drain()
         reports = []
         for plan in self._intake.accept_batch(samples, refuse=refuse):
-            report = exhaust(self.queue.apply_next()) if isinstance(plan, dict) else plan
+            report = exhausted(self.queue.apply_next()) if isinstance(plan, dict) else plan
             assert isinstance(report, SampleReport)
             reports.append(report)
             if on_report is not None:
@@ -329,7 +329,7 @@ class StreamLearner:
 
     def drain(self) -> Report:
         """Apply everything that is acknowledged and pending; the report of the last record."""
-        return exhaust(self.queue.drain())
+        return exhausted(self.queue.drain())
 
     # experts
 

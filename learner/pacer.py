@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from ogpstream.learner.activations import ActivationPlan
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.pace import Choice, Costs, Line, Load, Term, check_budget, choose
 from ogpstream.learner.preflight import layer_kinds
 from ogpstream.learner.report import Pace
 from ogpstream.learner.step import loss_gradient, recording
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.learner.walk import Plan, run_layer
 
 Clock = Callable[[], float]
@@ -34,7 +35,7 @@ _REPEATS = 3
 # of a budget that is aimed at: on a machine with other work equal updates differ by a tenth
 _AIM = 0.9
 _TERMS: dict[str, Term] = {"forward": "forward", "recompute": "forward", "backward": "backward", "loss": "loss",
-                           "gradient": "step", "optimizer": "step", "projection": "step"}
+                           "gradient": "step", "optimizer": "step", "anchor": "step", "projection": "step"}
 
 _log = logging.getLogger(__name__)
 
@@ -215,12 +216,8 @@ class Pacer:
         def step() -> Iterable[object]:
             return updater.proposer.run(expert, [updater.staging.sink(expert).slab])
 
-        def publish() -> None:
-            before = store.served
-            try:
-                store.publish()
-            finally:
-                store.served = before
+        def publish() -> Iterable[object]:
+            return store.building(store.active, {name: store.expert(name) for name in store.active})
 
         whole, rest = yield from typical(("step", 0, 0), step, publish)
         return Costs(len(plan.calls), Line(tuple((tokens, pair[0]) for tokens, pair in layers.items())),

@@ -12,6 +12,7 @@ from ogpstream.kernels import dispatch
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.staging import Piece, Staging
+from ogpstream.learner.units import named
 from ogpstream.memory.basis import CHUNK
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
@@ -53,7 +54,7 @@ class Proposer:
                 steps of up to 2.1 times the usual size, in the first 20 of its own.
 
         Yields:
-            "gradient", "optimizer" and "projection", each once for every piece.
+            "gradient", "optimizer", "anchor" and "projection", for every piece.
         """
         pieces, staging = self.staging.pieces(expert.layout, sites), self.staging
         totals, squares, use = [], [], Use()
@@ -61,7 +62,7 @@ class Proposer:
             total = staging.total(piece, gradients)
             # for the fold too, where it is not what protects: the second moment then measures the free directions
             # alone, and their steps are not damped by gradients that the projection removes anyway
-            use += self.protection.project_(piece.layout, total)
+            use += yield from named("gradient", self.protection.project_(piece.layout, total))
             if len(pieces) > 1 and "exp_avg_sq" in self._names:
                 squares.append(self._second_moments(expert, piece, total))
             totals.append(staging.aside(total))
@@ -73,10 +74,11 @@ class Proposer:
         for piece, total, own in zip(pieces, totals, eps, strict=True):
             flats = {name: staging.take(expert, name, piece) for name in self._names}
             self._step(expert, piece, flats, total.to(staging.device, non_blocking=True), own)
-            self.protection.pull_to_base_(piece.layout, flats["factors"], expert.scaling)
             yield "optimizer"
+            yield from named("anchor", self.protection.pull_to_base_(piece.layout, flats["factors"], expert.scaling))
+            yield "anchor"
             if self.protection.folds:
-                self.protection.project_(piece.layout, flats["factors"])
+                yield from named("projection", self.protection.project_(piece.layout, flats["factors"]))
             finite.append(flats["factors"].isfinite().all())
             for name in self._names:
                 proposal.slabs[name] = staging.keep(piece, flats[name], proposal.slabs.get(name))

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ogpstream.learner.apply import Applier, Record, Report
 from ogpstream.learner.config import LearnerConfig
@@ -21,9 +21,7 @@ from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
 
 # kinds of records about how another one is applied: journaled after it, and before what they say is done
-_ABOUT = ("shorten", "pace")
-
-T = TypeVar("T")
+_ABOUT = ("shorten", "pace", "put off")
 
 
 class RecordQueue:
@@ -93,6 +91,8 @@ class RecordQueue:
                     continue
                 if record["kind"] == "shorten":
                     other.setdefault("limits", []).append([record["done"], record["tokens"]])
+                elif record["kind"] == "put off":
+                    other.setdefault("put_off", []).append(record["expert"])
                 else:
                     other.setdefault("paces", []).append([record["done"], record["prompt"], record["layers"]])
 
@@ -123,13 +123,3 @@ class RecordQueue:
         while self._records:
             report = yield from self.apply_next()
         return report
-
-
-def exhaust(work: Generator[str, None, T]) -> T:
-    """Run a generator of units to its end and return its result."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result

@@ -14,44 +14,64 @@ Izmailov et al. 2018, arXiv:1803.05407). It comes from the updates alone, so it 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
 
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
 
+# numbers that are drawn in one unit: 2 ms
+DRAWS = 2**18
 
-def fresh_factors(layout: Layout, *keys: object, dtype: torch.dtype) -> Tensor:
-    """Flat slab of an expert that computes nothing yet: A is N(0, 1/D_in), drawn from the keys alone, and B is 0."""
-    slab = torch.zeros(layout.numel, dtype=dtype)
+
+def drawing(layout: Layout, *keys: object, dtype: torch.dtype) -> Generator[None, None, Tensor]:
+    """Flat slab of an expert that computes nothing yet: A is N(0, 1/D_in), drawn from the keys alone, and B is 0.
+
+    Yields:
+        After every few linears.
+    """
+    slab = torch.empty(layout.numel, dtype=dtype)
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    drawn = 0
     for index, site in enumerate(layout.sites):
         start = torch.randn(site.d_in, layout.rank, generator=generator, dtype=dtype)
         layout.a(slab, index).copy_(start / site.d_in**0.5)
+        layout.b(slab, index).zero_()
+        drawn += start.numel()
+        if drawn >= DRAWS:
+            drawn = 0
+            yield
     return slab
 
 
-def read_directions(expert: Expert, at_most: int) -> dict[str, Tensor]:
-    """By basis, the input directions that an expert's plastic factors read most: leading left singular vectors of A B.
+def fresh_factors(layout: Layout, *keys: object, dtype: torch.dtype) -> Tensor:
+    """What `drawing` draws, at once."""
+    return exhausted(drawing(layout, *keys, dtype=dtype))
+
+
+def read_directions(expert: Expert, key: str, at_most: int) -> Tensor:
+    """The input directions that an expert's plastic factors read most: leading left singular vectors of A B.
 
     Of all linears of one input together, through a matrix as wide as their ranks: A_i = Q R_i, so that the left
     singular vectors of [A_1 B_1, A_2 B_2, ...] are Q times those of [R_1 B_1, R_2 B_2, ...].
+
+    Args:
+        key: the basis of the input.
 
     Returns:
         Unit columns `[D_in, <= at_most]`, fewer where the product has a smaller rank.
     """
     layout = expert.layout
-    found = {}
-    for key in layout.bases:
-        left, right = torch.linalg.qr(layout.a_block(expert.factors, key).double())
-        gram = torch.zeros(len(right), len(right), dtype=torch.float64)
-        for place, site in enumerate(layout.members(key)):
-            own = right[:, place * layout.rank : (place + 1) * layout.rank] @ layout.b(expert.factors, site).double()
-            gram += own @ own.T
-        values, vectors = torch.linalg.eigh(gram)
-        # under 1e-6 of the largest energy, 1e-3 in size, a direction is the rounding of the others
-        count = min(at_most, int((values > 1e-6 * values[-1]).sum()) if float(values[-1]) > 0 else 0)
-        found[key] = left @ vectors[:, len(right) - count :].flip(1)
-    return found
+    left, right = torch.linalg.qr(layout.a_block(expert.factors, key).double())
+    gram = torch.zeros(len(right), len(right), dtype=torch.float64)
+    for place, site in enumerate(layout.members(key)):
+        own = right[:, place * layout.rank : (place + 1) * layout.rank] @ layout.b(expert.factors, site).double()
+        gram += own @ own.T
+    values, vectors = torch.linalg.eigh(gram)
+    # under 1e-6 of the largest energy, 1e-3 in size, a direction is the rounding of the others
+    count = min(at_most, int((values > 1e-6 * values[-1]).sum()) if float(values[-1]) > 0 else 0)
+    return left @ vectors[:, len(right) - count :].flip(1)

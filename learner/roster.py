@@ -12,8 +12,9 @@ import torch
 from ogpstream.learner import peft_io
 from ogpstream.learner.apply import Record
 from ogpstream.learner.errors import ConfigError
-from ogpstream.learner.queue import RecordQueue, exhaust
+from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.samples import EXPERT_NAME
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
 
@@ -76,7 +77,7 @@ class Roster:
 
     def _apply(self, record: Record) -> None:
         self._queue.acknowledge([record])
-        exhaust(self._queue.drain())
+        exhausted(self._queue.drain())
 
     def _check_new(self, name: str) -> None:
         if not EXPERT_NAME.fullmatch(name):

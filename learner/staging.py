@@ -1,7 +1,7 @@
 """Where the arithmetic of an update happens, and what of the learning state lies in the memory of that place.
 
-Masters, moments and P are host tensors. For a model on a CPU they are in its own memory and used where they are. On
-another device an update brings them there, as `learning_state` says:
+Masters, moments and P are host tensors. For a model on a CPU they are in its own memory and used where they are, so
+many linears at a time as have 2**20 factors. On another device an update brings them there, as `learning_state` says:
 
     lean      the linears of one input at a time: masters, moments, gradient, and P in pieces of at most 1 MiB
     resident  all of an expert in whole slabs, which stay between updates with the slabs of the other active experts;
@@ -32,6 +32,8 @@ from ogpstream.memory.pinned import host_copy, host_empty, host_zeros
 # bytes of P or of anchors on the device at a time: 128 directions of width 2048. A copy takes 20 us of a bus of
 # 50 GB/s, and the host as long for the two launches after it: a second buffer and stream for copies would gain nothing
 PIECE = 2**20
+# factors that a CPU steps at a time: 16 ms for Adam with its copies on one core of an EPYC
+FACTORS = 2**20
 
 
 def in_pieces(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -111,7 +113,18 @@ class Staging:
         Args:
             sites: those that take part in the step; None is all. Linears of one input take part together.
         """
-        return (Piece(layout, range(len(layout.sites)) if sites is None else sorted(sites), 0),)
+        found: list[Piece] = []
+        own: list[int] = []
+        size = 0
+        for site in (site for key in layout.bases for site in layout.members(key) if sites is None or site in sites):
+            own.append(site)
+            size += layout.rank * (layout.sites[site].d_in + layout.sites[site].d_out)
+            if size >= FACTORS:
+                found.append(Piece(layout, sorted(own), found[-1].span.stop if found else 0))
+                own, size = [], 0
+        if own:
+            found.append(Piece(layout, sorted(own), found[-1].span.stop if found else 0))
+        return tuple(found)
 
     def sink(self, expert: Expert) -> GradientSink:
         """A place for the gradient of one sample."""
@@ -142,12 +155,21 @@ class Staging:
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
         """Write a changed piece into a slab in host RAM; into a new one where there is none yet. Returns the slab."""
         if slab is None:
-            return flat
+            if piece.layout is piece.whole:
+                return flat
+            slab = host_empty(piece.whole.numel, dtype=flat.dtype)
         piece.save(flat, slab)
         return slab
 
-    def committed(self, expert: Expert, flats: Mapping[str, Tensor], active: Collection[str]) -> None:
-        """The whole slabs that `keep` was given are the expert's now, of those that are active."""
+    def committed(self, expert: Expert, slabs: Mapping[str, Tensor], flats: Mapping[str, Tensor],
+                  active: Collection[str]) -> None:
+        """An update of an expert is made.
+
+        Args:
+            slabs: what `keep` returned, by name. The expert has another one where a fold has changed it since.
+            flats: whole copies of these on the device.
+            active: experts whose copies may stay there.
+        """
 
     def rows(self, basis: ProjectionBasis, count: int, like: Tensor) -> Iterable[Tensor]:
         """The first rows of P.T, on the device and in the dtype of `like`: all of them, or in pieces."""
@@ -194,9 +216,7 @@ class Lean(Staging):
         return slab
 
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
-        slab = host_empty(piece.whole.numel, dtype=flat.dtype) if slab is None else slab
-        piece.save(flat, slab)
-        return slab
+        return super().keep(piece, flat, host_empty(piece.whole.numel, dtype=flat.dtype) if slab is None else slab)
 
 
 class Resident(Staging):
@@ -212,6 +232,10 @@ class Resident(Staging):
         # of (expert, slab) the host's slab and its copy; of a basis' storage that, its version and its copy
         self._slabs: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self._rows: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def pieces(self, layout: Layout, sites: Collection[int] | None = None) -> tuple[Piece, ...]:
+        # whole: a device steps 2**25 factors in the time that a CPU needs for 2**20
+        return (Piece(layout, range(len(layout.sites)) if sites is None else sorted(sites), 0),)
 
     def take(self, expert: Expert, name: str, piece: Piece) -> Tensor:
         # given away: an update that is dropped leaves no copy, and the next one brings the host's again
@@ -231,9 +255,11 @@ class Resident(Staging):
     def keep(self, piece: Piece, flat: Tensor, slab: Tensor | None) -> Tensor:
         return host_copy(flat) if slab is None else super().keep(piece, flat, slab)
 
-    def committed(self, expert: Expert, flats: Mapping[str, Tensor], active: Collection[str]) -> None:
+    def committed(self, expert: Expert, slabs: Mapping[str, Tensor], flats: Mapping[str, Tensor],
+                  active: Collection[str]) -> None:
         for name, flat in flats.items():
-            self._slabs[expert.name, name] = getattr(expert, name), flat
+            if getattr(expert, name) is slabs[name]:
+                self._slabs[expert.name, name] = slabs[name], flat
         for place in [place for place in self._slabs if place[0] not in active]:
             del self._slabs[place]
 

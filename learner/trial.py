@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import closing
 
+from ogpstream.learner.draft import Draft
 from ogpstream.learner.report import Update
+from ogpstream.learner.units import named
 from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
@@ -20,17 +22,17 @@ def activating(updater: Updater, name: str, work: Generator[str, None, Update]) 
     store, binding = updater.store, updater.attachment.binding
     if name in store.active:
         return (yield from work)
-    expert, served = store.expert(name), store.served
+    expert = store.expert(name)
     before = expert.copy(), store.active
-    try:
-        updater.protection.fold(expert)
-        store.activate(name)
-        trial = store.publish()
-        during = expert.copy(), store.active
-    finally:
-        store.served = served
-        _exchange(store, expert, *before)
+    store.activate(name)
+    active = store.active
+    _exchange(store, expert, *before)
     with closing(work):
+        late = Draft(updater.protection, [expert])
+        yield from named("growth", late.fold(name))
+        during = late.experts[name], active
+        others = {other: store.expert(other) for other in active}
+        trial = yield from named("publish", store.building(active, others | late.experts))
         while True:
             _exchange(store, expert, *during)
             committed = False
@@ -45,9 +47,8 @@ def activating(updater: Updater, name: str, work: Generator[str, None, Update]) 
                 if not committed:
                     _exchange(store, expert, *before)
             yield unit
-    if committed and store.served is served:
-        # settled: no step was needed, and nothing published
-        updater.publish()
+    if committed:
+        late.tell()
     return update
 
 

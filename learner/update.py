@@ -1,15 +1,15 @@
 """One update: gradient, judgement, optimizer, projection, growth of P, and the swap of the served version.
 
-Everything before the last step works on copies. A generator dropped before it ends has changed nothing, and what is
-served changes by one assignment.
+Everything before the last step works on copies. A generator dropped before it ends has changed nothing; the last step
+is assignments alone, and what is served changes by one of them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.encoding import cut_prompt
+from ogpstream.learner.draft import Draft, Growth
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.preflight import Preflight
 from ogpstream.learner.proposal import Proposal, Proposer
-from ogpstream.learner.protection import Growth, Protection
+from ogpstream.learner.protection import Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
 from ogpstream.learner.staging import staging_for
 from ogpstream.learner.step import Reading, sample_gradients
+from ogpstream.learner.units import named
 from ogpstream.learner.walk import LayerWalk
-from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.adapters import AdapterStore, Served
 from ogpstream.memory.experts import Expert
-from ogpstream.memory.room import Room
+from ogpstream.memory.scope import Scope
 
 _log = logging.getLogger(__name__)
 
@@ -39,45 +41,6 @@ class NoRoom(Exception):
     def __init__(self, tokens: int) -> None:
         super().__init__(f"out of memory: try with at most {tokens} tokens")
         self.tokens = tokens
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Token ids to learn from.
-
-    Attributes:
-        again: they had an update before, so that they can count as learned.
-        refusal: why nothing may be computed with them, or None.
-    """
-
-    ids: Sequence[int]
-    prompt_length: int
-    again: bool
-    refusal: str | None = None
-
-    @property
-    def rows(self) -> int:
-        """Supervised ids."""
-        return len(self.ids) - self.prompt_length
-
-    def asking(self, prompt: int, first: int | None) -> Lesson:
-        """The lesson with at most `prompt` ids of its prompt, at least 1, cut as `within` does."""
-        return self.within(self.rows + prompt, first)
-
-    def within(self, tokens: int | None, first: int | None) -> Lesson:
-        """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
-
-        Args:
-            first: an id that stays where the prompt begins with it, such as the tokenizer's bos.
-        """
-        if tokens is None or len(self.ids) <= tokens:
-            return self
-        if tokens <= self.rows:
-            return replace(self, refusal=f"there is no memory for the {self.rows} tokens of the completion alone: "
-                                         "free some, or split it")
-        prompt, cut = list(self.ids[: self.prompt_length]), len(self.ids) - tokens
-        kept = cut_prompt(prompt, cut, int(prompt[0] == first))
-        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept))
 
 
 class Updater:
@@ -139,26 +102,14 @@ class Updater:
             assert most is not None
             self._make_room(usable, most, layers)
         losses = tuple(reading.loss for reading in trial.readings)
-        proposal = trial.proposal
-        if trial.refusal is not None:
+        if trial.draft is None:
             return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
 
-        # the commit: no pause from here on, and nothing that could fail for want of the device's memory
-        active = self._active()
+        proposal, draft = trial.proposal, trial.draft
+        self._commit(draft, trial.served)
         if proposal is not None:
-            for slab in ("factors", "exp_avg", "exp_avg_sq"):
-                setattr(expert, slab, proposal.slabs.get(slab))
-            expert.steps += 1
-            if self.config.average and self.config.restart_after and self.protection.folds:
-                before = expert.factors if expert.average is None else expert.average
-                expert.average = before.lerp(expert.factors, 1 - self.config.average)
-            self.staging.committed(expert, proposal.flats, [other.name for other in active])
-            self.protection.record_use(proposal.used)
-        growth = Growth()
-        for gradient in trial.offered:
-            growth += self.protection.grow(expert.layout, gradient, active)
-        if proposal is not None or growth.admitted:
-            self.publish(trial.room)
+            self.staging.committed(expert, proposal.slabs, proposal.flats, self.store.active)
+        growth = draft.growth
         return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)
 
@@ -200,15 +151,51 @@ class Updater:
             proposal = yield from self.proposer.run(expert, moving, sites)
             if not proposal.finite:
                 refusal = "the update is not finite"
-        room = None
-        if refusal is None and (proposal is not None or offered):
-            room = self._reserve(len(offered))
-        return _Trial(readings, norms, learned, offered, refusal, proposal, room)
+        draft = served = None
+        if refusal is None:
+            draft = yield from self._draft(expert, proposal, offered)
+            # an expert that is not served yet is with its first update, though nothing else may come of this one
+            new = tuple(self.store.active) != self.store.served.experts
+            scope = self._scope(expert.name, lessons)
+            if proposal is not None or draft.growth.admitted or new or scope is not self.store.scope:
+                served = yield from self._built(draft, scope)
+        return _Trial(readings, norms, learned, refusal, proposal, draft, served)
 
-    def _reserve(self, folds: int) -> Room:
-        """The memory that publishing takes after so many folds; each adds at most a rank to a held part."""
-        most = max(expert.rank for expert in self._active())
-        return self.store.reserve(growth=folds * most, cap=self.config.held_rank)
+    def _draft(self, expert: Expert, proposal: Proposal | None, offered: Sequence[Tensor]
+               ) -> Generator[str, None, Draft]:
+        """What becomes of experts and bases by a step and the learned samples' gradients."""
+        draft, config = Draft(self.protection, self._active()), self.config
+        used: Mapping[str, Tensor] = {}
+        if proposal is not None:
+            copy, used = draft.experts[expert.name], proposal.used
+            for slab in ("factors", "exp_avg", "exp_avg_sq"):
+                setattr(copy, slab, proposal.slabs.get(slab))
+            copy.steps += 1
+            if config.average and config.restart_after and self.protection.folds:
+                yield from named("average", draft.follow(expert.name))
+        yield from named("growth", draft.grow(expert.layout, offered, used))
+        return draft
+
+    def _scope(self, name: str, lessons: Sequence[Lesson]) -> Scope:
+        """With the prompts of the lessons that an expert has not had before."""
+        gate, scope = self.attachment.binding.gate, self.store.scope
+        if gate is not None:
+            for lesson in lessons:
+                if not lesson.again and lesson.refusal is None:
+                    prompt = lesson.ids[: lesson.prompt_length]
+                    scope = scope.learned(name, gate.describer(prompt, [len(prompt)])[0], prompt[-1])
+        return scope
+
+    def _built(self, draft: Draft, scope: Scope | None = None) -> Generator[str, None, Served]:
+        """The version to serve when a draft is committed."""
+        return (yield from named("publish", self.store.building(self.store.active, draft.experts, scope=scope)))
+
+    def _commit(self, draft: Draft, served: Served | None) -> None:
+        """No pause from here on, nothing to compute, and nothing that could fail for want of memory."""
+        draft.commit()
+        if served is not None:
+            self.store.served = self.attachment.binding.served = served
+            self.store.scope = served.scope
 
     def sites_of(self, layers: int) -> frozenset[int]:
         """Numbers of the adapted linears that are trained with so many of the top decoder layers.
@@ -240,9 +227,7 @@ class Updater:
 
     def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan, layers: int | None) -> None:
         """After memory ran out: give all of it back, and go on with smaller plans than the largest one was."""
-        self.out_of_memory += 1
-        if self.attachment.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.ran_out()
         self.preflight.lower(most)
         longest = max(lessons, key=lambda lesson: len(lesson.ids))
         now = max((plan for _, _, plan in self.plans(lessons, layers)), key=_peak)
@@ -266,28 +251,46 @@ class Updater:
                 groups.append([lesson])
         return groups
 
-    def publish(self, room: Room | None = None) -> None:
-        """Serve the masters as they are now: one assignment, seen by all linears at once.
+    def publish(self) -> None:
+        """Serve the masters as they are now: one assignment, seen by all linears at once."""
+        self.attachment.binding.served = self.store.publish()
 
-        Args:
-            room: for the new version, taken while it could still be done without.
+    def restart(self, name: str) -> Generator[str, None, Growth | None]:
+        """Restart an active expert that made enough updates since its last start, and publish.
+
+        Where the cut would cost too much it is put off, until there are as many updates more.
+
+        Yields:
+            "restart" and "publish", after each unit.
+
+        Returns:
+            What the bases took for it; None if the expert stays as it is.
+
+        Raises:
+            torch.OutOfMemoryError: nothing has changed.
         """
-        self.attachment.binding.served = self.store.publish(room=room)
-
-    def restart(self, name: str) -> Growth | None:
-        """Restart an active expert that made enough updates since its last start, and publish; None if it stays."""
         config, expert = self.config, self.store.expert(name)
         # a held part of a lower rank could not take an imported adapter in whole
         fits = config.held_rank is None or expert.rank <= config.held_rank
         due = 0 < config.restart_after <= expert.steps - expert.started
         if not (self.protection.folds and fits and due):
             return None
-        # what joins P is folded before the factors are
-        room = self._reserve(2)
-        growth = self.protection.restart(expert, [other for other in self._active() if other is not expert])
-        if growth is not None:
-            self.publish(room)
-        return growth
+        draft = Draft(self.protection, self._active())
+        made = yield from named("restart", draft.restart(name))
+        served = (yield from self._built(draft)) if made else None
+        self._commit(draft, served)
+        return draft.growth if made else None
+
+    def put_off(self, name: str) -> None:
+        """Restart an expert after as many updates more, and not now."""
+        expert = self.store.expert(name)
+        expert.started = expert.steps
+
+    def ran_out(self) -> None:
+        """The device had no memory left: what was computed goes back to it."""
+        self.out_of_memory += 1
+        if self.attachment.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _active(self) -> list[Expert]:
         return [self.store.expert(name) for name in self.store.active]
@@ -320,15 +323,15 @@ class _Trial:
 
     Attributes:
         readings, norms, learned: of each lesson.
-        offered: the gradients of those that count as learned, in host RAM.
         proposal: the step that they propose; None where all is settled.
-        room: for the version that comes of it; None where none does.
+        draft: what becomes of experts and bases; None where it is refused.
+        served: the version that comes of it; None where none does.
     """
 
     readings: Sequence[Reading]
     norms: tuple[float, ...]
     learned: tuple[bool, ...]
-    offered: Sequence[Tensor]
     refusal: str | None
     proposal: Proposal | None
-    room: Room | None
+    draft: Draft | None
+    served: Served | None

@@ -6,7 +6,8 @@ import os
 
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import StateFolder
-from ogpstream.learner.queue import RecordQueue, exhaust
+from ogpstream.learner.queue import RecordQueue
+from ogpstream.learner.units import exhausted
 
 
 class Versions:
@@ -29,7 +30,7 @@ class Versions:
         try:
             if not other.empty:
                 raise StateError(f"{folder} holds a state already: choose another folder")
-            exhaust(self._queue.drain())
+            exhausted(self._queue.drain())
             tensors, meta = self._applier.capture()
             # its journal starts anew
             other.save(self._applier.state.store.served.version, tensors, {**meta, "position": {"seq": 0, "done": 0}})
@@ -44,5 +45,5 @@ class Versions:
         # kept for as long as the journal may repeat this rollback
         self._applier.folder.pin(version, "rollback")
         self._queue.acknowledge([{"kind": "rollback", "to": version}])
-        exhaust(self._queue.drain())
+        exhausted(self._queue.drain())
         self.save()

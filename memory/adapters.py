@@ -5,15 +5,15 @@ D_out] its held part (DESIGN 3.1):
 
     y = W x + sum_e gate_e * (scaling_e * (x A_e) B_e + (x U_e) V_e)
 
-The learner replaces masters (`expert.factors = new_slab`) and never writes into them, and `publish` builds
-new tensors and swaps them in by one assignment: whoever holds a `Served` or a state dict can read it for
+The learner replaces masters (`expert.factors = new_slab`) and never writes into them, and a new version is
+new tensors, swapped in by one assignment: whoever holds a `Served` or a state dict can read it for
 ever.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ from ogpstream.memory.scope import Scope
 # matrices and scales of a served version start at multiples of 16 elements: 32 B in bf16, so that loads can be vector
 # loads, and one kernel serves all of a shape
 _ALIGN = 16
+# a version is built so many sites at a time, or fewer of so many elements: 16 of width 256 are 64 copies in 1.3 ms
+_SITES, _ELEMENTS = 16, 2**20
 
 
 def _aligned(numel: int) -> int:
@@ -97,6 +99,9 @@ class AdapterStore:
         max_active: experts that are served at once; one more makes the least recently activated leave.
         multiple: R of every pack is rounded up to a multiple of it with columns of zeros, so that a few compiled
             kernels serve all ranks that folds come to.
+
+    Attributes:
+        scope: which prompts the experts answer, from the next version on; replaced, never changed.
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class AdapterStore:
         self.multiple = multiple
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
+        self.scope = Scope()
         self._layouts: dict[int, Layout] = {}
         self.served = Served(0, (), (), ())
         self.publish(0)
@@ -202,23 +208,9 @@ class AdapterStore:
         self.expert(name)
         self._active.pop(name, None)
 
-    def reserve(self, *, growth: int = 0, cap: int | None = None) -> Room:
-        """Allocate what the next `publish` needs on the device, where memory may have run out.
-
-        Taken before masters change, so that nothing can fail afterwards.
-
-        Args:
-            growth: columns that the held part of each expert may gain at each site until then.
-            cap: columns to which a held part that grew is cut.
-        """
-        experts = [self._experts[name] for name in self._active]
-
-        def held(expert: Expert, index: int) -> int:
-            now = expert.held[index].rank
-            return now + growth if cap is None else max(now, min(now + growth, cap))
-
-        ranks = [self._columns(sum(expert.rank + held(expert, index) for expert in experts))
-                 for index in range(len(self.sites))]
+    def reserve(self, experts: Sequence[Expert]) -> Room:
+        """Allocate what a version of these experts needs on the device, where memory may run out."""
+        ranks = self._ranks(experts)
         numel = self._starts(ranks)[-1]
         widest = max((rank * width for site, rank in zip(self.sites, ranks, strict=True)
                       for width in (site.d_in, site.d_out)), default=0)
@@ -230,20 +222,93 @@ class AdapterStore:
             torch.empty(widest if staged else 0, dtype=self.dtype, device=self.device),
         )
 
-    def publish(self, version: int | None = None, room: Room | None = None) -> Served:
+    def publish(self, version: int | None = None) -> Served:
         """Build new packs of the active experts and serve them from this assignment on.
+
+        Memory may run out; what is served stays then.
 
         Args:
             version: number of the new version; one more than the served one if None.
-            room: of `reserve`; without it, memory may run out here, and what is served stays.
         """
-        room = self.reserve() if room is None else room
-        served = self._build(self.served.version + 1 if version is None else version, room)
+        work = self.building(self._active, self._experts, version)
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                self.served = end.value
+                return self.served
+
+    def building(self, active: Mapping[str, float], experts: Mapping[str, Expert], version: int | None = None,
+                 scope: Scope | None = None) -> Generator[None, None, Served]:
+        """Build a version, a few sites at a time; assign it to `served` to publish it.
+
+        Its memory is taken first, so that nothing later can fail for want of it.
+
+        Args:
+            active: gate of each expert that is in it, the least recently activated first.
+            experts: these by name, as they will be by then; nobody may change them meanwhile.
+            version: its number; one more than the served one if None.
+            scope: of the experts by then; as it is now if None.
+
+        Yields:
+            After the allocation, and after every few sites.
+        """
+        parts = [experts[name] for name in active]
+        room, ranks = self.reserve(parts), self._ranks(parts)
+        yield
+        trained: dict[str, slice] = {}
+        plastic = 0
+        for expert in parts:
+            trained[expert.name] = slice(plastic, plastic + expert.rank)
+            plastic += expert.rank
+        # one slab: one allocation for hundreds of sites
+        starts = self._starts(ranks)
+        slab = room.slab[: starts[-1]]
+        made_of = Sources(dict(active), slab, [(expert.factors, list(expert.held)) for expert in parts])
+        before = self.served.made_of
+        if before is not None and not before.fits(made_of):
+            before = None
+        scales: dict[tuple[int, ...], Tensor] = {}
+        scales_end = 0
+        packs: list[Pack] = []
+        last = 0
+        for index, (site, rank) in enumerate(zip(self.sites, ranks, strict=True)):
+            if index == last:
+                if index:
+                    yield
+                last = self._portion(starts, index)
+                if before is not None:
+                    # what stays of these sites comes by one copy
+                    same = slice(starts[2 * index], starts[2 * last])
+                    slab[same].copy_(before.slab[same])
+            a = slab[starts[2 * index] :][: site.d_in * rank].view(site.d_in, rank)
+            b = slab[starts[2 * index + 1] :][: rank * site.d_out].view(rank, site.d_out)
+            held = [expert.held[index] for expert in parts]
+            factors = [(expert.layout.a(expert.factors, index), expert.layout.b(expert.factors, index))
+                       for expert in parts]
+            column = 0
+            for number, (left, right) in enumerate(factors + [(part.U, part.V) for part in held]):
+                columns = slice(column, column + left.shape[1])
+                if before is None or before.part(number, index) is not made_of.part(number, index):
+                    put(a[:, columns], left, room)
+                    put(b[columns], right, room)
+                column = columns.stop
+            if before is None:
+                a[:, column:].zero_()
+                b[column:].zero_()
+            held_ranks = tuple(part.rank for part in held)
+            if held_ranks not in scales:
+                values = self._scale(parts, active, held_ranks)
+                own = room.scales[scales_end:][: len(values)]
+                scales[held_ranks] = own.copy_(torch.tensor(values, dtype=own.dtype))
+                scales_end += _aligned(len(values))
+            packs.append(Pack(a, b, scales[held_ranks], trained))
         if self.device.type == "cuda":
             # readers on other streams must not see a slab whose copies are still queued on this one
             torch.cuda.current_stream(self.device).synchronize()
-        self.served = served
-        return served
+        yield
+        number = self.served.version + 1 if version is None else version
+        return Served(number, tuple(active), tuple(active.values()), tuple(packs), made_of, scope or self.scope)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All experts and the active set as (named tensors, JSON-able rest); the tensors are not copied."""
@@ -259,7 +324,8 @@ class AdapterStore:
             "active": [[name, gate] for name, gate in self._active.items()],
             "experts": experts,
         }
-        return tensors, meta
+        own, meta["scope"] = self.scope.state_dict()
+        return tensors | {f"scope.{key}": tensor for key, tensor in own.items()}, meta
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Replace all experts by a saved state, bit for bit, and publish it under its version; copies the
@@ -282,55 +348,23 @@ class AdapterStore:
         }
         if len(active) > self.max_active or not active.keys() <= experts.keys():
             raise ValueError(f"the saved active experts {list(active)} do not fit: max_active is {self.max_active}")
-        self._experts, self._active = experts, active
+        scope = Scope.from_state_dict({key.removeprefix("scope."): tensor for key, tensor in tensors.items()
+                                       if key.startswith("scope.")}, meta["scope"])
+        self._experts, self._active, self.scope = experts, active, scope
         self.publish(int(meta["version"]))
 
-    def _build(self, version: int, room: Room) -> Served:
-        experts = [self._experts[name] for name in self._active]
-        gates = tuple(self._active.values())
-        trained: dict[str, slice] = {}
-        plastic = 0
-        for expert in experts:
-            trained[expert.name] = slice(plastic, plastic + expert.rank)
-            plastic += expert.rank
-        ranks = [self._columns(plastic + sum(expert.held[index].rank for expert in experts))
-                 for index in range(len(self.sites))]
-        # one slab: one allocation for hundreds of sites
-        starts = self._starts(ranks)
-        slab = room.slab[: starts[-1]]
-        made_of = Sources(dict(self._active), slab, [(expert.factors, list(expert.held)) for expert in experts])
-        before = self.served.made_of
-        if before is not None and not before.fits(made_of):
-            before = None
-        if before is not None:
-            slab.copy_(before.slab)
-        scales: dict[tuple[int, ...], Tensor] = {}
-        scales_end = 0
-        packs = []
-        for index, (site, rank) in enumerate(zip(self.sites, ranks, strict=True)):
-            a = slab[starts[2 * index] :][: site.d_in * rank].view(site.d_in, rank)
-            b = slab[starts[2 * index + 1] :][: rank * site.d_out].view(rank, site.d_out)
-            held = [expert.held[index] for expert in experts]
-            factors = [(expert.layout.a(expert.factors, index), expert.layout.b(expert.factors, index))
-                       for expert in experts]
-            start = 0
-            for number, (left, right) in enumerate(factors + [(part.U, part.V) for part in held]):
-                stop = start + left.shape[1]
-                if before is None or before.part(number, index) is not made_of.part(number, index):
-                    put(a[:, start:stop], left, room)
-                    put(b[start:stop], right, room)
-                start = stop
-            if before is None:
-                a[:, start:].zero_()
-                b[start:].zero_()
-            held_ranks = tuple(part.rank for part in held)
-            if held_ranks not in scales:
-                values = self._scale(experts, held_ranks)
-                own = room.scales[scales_end:][: len(values)]
-                scales[held_ranks] = own.copy_(torch.tensor(values, dtype=own.dtype))
-                scales_end += _aligned(len(values))
-            packs.append(Pack(a, b, scales[held_ranks], trained))
-        return Served(version, tuple(self._active), gates, tuple(packs), made_of)
+    def _ranks(self, experts: Sequence[Expert]) -> list[int]:
+        """Columns of the pack of each site."""
+        return [self._columns(sum(expert.rank + expert.held[index].rank for expert in experts))
+                for index in range(len(self.sites))]
+
+    @staticmethod
+    def _portion(starts: Sequence[int], first: int) -> int:
+        """Where the sites end that are built together, beginning with `first`."""
+        sites = len(starts) // 2
+        small = (last for last in range(first + 2, min(first + _SITES, sites) + 1)
+                 if starts[2 * last] - starts[2 * first] <= _ELEMENTS)
+        return max(small, default=first + 1)
 
     def _starts(self, ranks: Sequence[int]) -> list[int]:
         """Where in a slab the matrices of the packs begin, A and B of one site after the other, and where it ends."""
@@ -340,12 +374,12 @@ class AdapterStore:
                 starts.append(starts[-1] + _aligned(numel))
         return starts
 
-    def _scale(self, experts: Sequence[Expert], held_ranks: Sequence[int]) -> list[float]:
+    def _scale(self, experts: Sequence[Expert], gates: Mapping[str, float], held_ranks: Sequence[int]) -> list[float]:
         values: list[float] = []
         for expert in experts:
-            values += [self._active[expert.name] * expert.scaling] * expert.rank
+            values += [gates[expert.name] * expert.scaling] * expert.rank
         for expert, k in zip(experts, held_ranks, strict=True):
-            values += [self._active[expert.name]] * k
+            values += [gates[expert.name]] * k
         return values + [0.0] * (self._columns(len(values)) - len(values))
 
     def _columns(self, rank: int) -> int:

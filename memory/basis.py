@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.memory import orthonormal
-from ogpstream.memory.pinned import host_zeros
+from ogpstream.memory.pinned import host_copy, host_zeros
 
 # rows per chunk of a streamed basis: 32 x 2048 x 4 B = 256 KiB, and the granularity of the storage
 CHUNK = 32
@@ -39,6 +40,8 @@ class ProjectionBasis:
 
     Slots are stable: a direction keeps its row until it is released, pruned or replaced. `generation[slot]`
     is 0 for an empty slot and otherwise a number that no other admission ever had.
+
+    The storage of the rows is replaced and never written into: what `rows` gave stays what it was.
 
     Uses are counted in ten blocks of window/10 updates, so a count covers the last 0.9 to 1.0 windows.
 
@@ -91,6 +94,10 @@ class ProjectionBasis:
     def rows(self) -> Tensor:
         """The storage P.T `[rows, D_in]`, float32 in host RAM, for reading; rows of empty slots are zero."""
         return self._rows
+
+    def directions(self) -> Tensor:
+        """The columns of P, `[D_in, m]` float32: a copy."""
+        return self._rows[self.live].T
 
     def chunks(self, size: int = CHUNK) -> Iterator[tuple[int, Tensor]]:
         """(first slot, contiguous view `[<= size, D_in]`) of each chunk of slots that holds a direction."""
@@ -145,7 +152,7 @@ class ProjectionBasis:
         units, usable = orthonormal.unit_rows(candidates, self.d_in)
         # mostly nothing is novel, and float32 tells: widening a full [256, 2048] takes five times as long
         units = units[usable & (self.novelty(candidates) > threshold).any()]
-        span = self._rows[: self._end() + len(units)].double()
+        span, rows = self._rows[: self._end() + len(units)].double(), self._rows
         slots: list[int] = []
         replaced: list[int] = []
         for unit in units:
@@ -165,12 +172,15 @@ class ProjectionBasis:
                 self._clear([slot])
                 self._replacements[self._block] += 1
                 replaced.append(slot)
-            self._rows[slot] = (column / column.norm()).float()
-            span[slot] = self._rows[slot].double()
+            if rows is self._rows:
+                rows = host_copy(rows)
+            rows[slot] = (column / column.norm()).float()
+            span[slot] = rows[slot].double()
             self._admissions += 1
             self.live[slot], self.fixed[slot], self.generation[slot] = True, fixed, self._admissions
             self._uses[self._block, slot] = 1
             slots.append(slot)
+        self._rows = rows
         if slots:
             self.version += 1
         return Admission(self._rows[slots].T.contiguous(), tuple(slots), tuple(replaced))
@@ -224,6 +234,8 @@ class ProjectionBasis:
             if not 0 <= slot < self.capacity or not self.live[slot]:
                 raise ValueError(f"slot {slot} holds no direction: release only live slots")
         if leaving:
+            self._rows = host_copy(self._rows)
+            self._rows[leaving] = 0
             self._clear(leaving)
             self.version += 1
 
@@ -270,6 +282,17 @@ class ProjectionBasis:
         if self._rows[empty].any() or self.fixed[empty].any() or self.live[self.capacity :].any():
             raise ValueError("the basis is damaged: an empty slot is not empty; load an older state")
 
+    def copy(self) -> ProjectionBasis:
+        """Another one with the same directions and counts, which no change of this one reaches."""
+        twin = copy.copy(self)
+        for name in ("live", "fixed", "generation", "_uses", "_replacements"):
+            setattr(twin, name, getattr(self, name).clone())
+        return twin
+
+    def become(self, other: ProjectionBasis) -> None:
+        """Take over all that another one has, which is not to be used any more: assignments alone."""
+        vars(self).update(vars(other))
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copies of everything as (tensors, JSON-able rest); of the rows only the live ones."""
         tensors = {
@@ -314,7 +337,7 @@ class ProjectionBasis:
         _copy("rows", tensors["rows"], rows)
         loaded._rows[loaded.live] = rows
         loaded.check()
-        vars(self).update(vars(loaded))
+        self.become(loaded)
 
     @property
     def _block(self) -> int:
@@ -338,7 +361,6 @@ class ProjectionBasis:
         return min(slots, key=lambda slot: (counts[slot], generations[slot]), default=None)
 
     def _clear(self, slots: list[int]) -> None:
-        self._rows[slots] = 0
         self.live[slots] = False
         self.fixed[slots] = False
         self.generation[slots] = 0

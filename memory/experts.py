@@ -39,9 +39,10 @@ class Expert:
     """One adapter. Slabs are flat `[layout.numel]`, lists have one entry per site; tensors are replaced
     whole.
 
-    `started` is the step at which the factors last started anew, `average` their running mean since then. `folded` maps
-    a basis key to the basis version the expert was last folded against. `discarded` sums the first discarded singular
-    value of every cut of the held part since creation, `discarded_sq` the squares of all discarded ones.
+    `started` is the step at which the factors last started anew, or should have and it was put off; `average` is their
+    running mean since they did. `folded` maps a basis key to the basis version the expert was last folded against.
+    `discarded` sums the first discarded singular value of every cut of the held part since creation, `discarded_sq` the
+    squares of all discarded ones.
     """
 
     name: str

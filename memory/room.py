@@ -11,7 +11,7 @@ from ogpstream.memory.experts import Held
 
 @dataclass(frozen=True)
 class Room:
-    """All memory on the serving device that one `publish` takes.
+    """All memory on the serving device that a new version takes.
 
     Attributes:
         slab: for the packs, in the serving dtype.

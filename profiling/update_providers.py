@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ogpstream.learner import LearnerConfig
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.sites import Attachment, attach
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.step import sample_gradients
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.profiling.vram import fill_state
 
 Run = Callable[[], None]

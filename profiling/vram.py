@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from ogpstream.learner import LearnerConfig
 from ogpstream.learner.anchor import COLUMNS, BaseAnchor
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import LearnerState
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
 from ogpstream.profiling.fake_device import DEVICE, fake_device
@@ -161,11 +162,13 @@ class _Phases:
                 try:
                     unit = next(work)
                 except StopIteration as end:
-                    # the last unit publishes: its memory is that of the second serving copy
                     if end.value.refusal is not None:
                         raise RuntimeError(f"the update was refused: {end.value.refusal}") from None
                     return state, activations
                 peak = allocated.peak(meter) - self.served - kept
+                if unit == "publish":
+                    # its memory is that of the second serving copy
+                    continue
                 if unit in _ACTIVE:
                     # parts of gradients are counted by the meter alone, and taken out of what the allocator has
                     state = max(state, kept + meter.state_peak)

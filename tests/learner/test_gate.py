@@ -194,7 +194,7 @@ def test_served_to_all(tiny_model: TinyModel) -> None:
     outside = _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]
     assert learner.answering(outside) == ("default",)
     assert torch.equal(_logits(learner, [outside]), _expert(learner, [outside]))
-    assert not learner.state.scope.experts
+    assert not learner.state.store.scope.experts
 
 
 def test_an_adapter_from_elsewhere_answers_everything(llama: StreamLearner, tiny_model: TinyModel, tmp_path: Path
@@ -235,3 +235,21 @@ def test_text_is_a_prompt_too(tiny_model: TinyModel, tiny_tokenizer: Any) -> Non
     learner.correct("Q: where is my bike?\nA:", " gate 4")
     assert learner.answering("Q: where is my bike?\nA:") == ("default",)
     assert learner.answering("def f(x): return x + 1") == ()
+
+
+def test_a_version_answers_what_it_answered_when_it_was_served(llama: StreamLearner) -> None:
+    """What is learned later belongs to later versions, as its adapters do."""
+    new = _prompt(3, topic=2)[:-4] + [41, 42, 43, 44]
+    with llama.pinned():
+        before = llama.version
+        llama.learn_one(Sample(prompt_ids=new, completion_ids=[95]))
+        assert llama.version == before + 1 and llama.answering(new) == ()
+        assert torch.equal(_logits(llama, [new]), _base(llama, [new]))
+    assert llama.answering(new) == ("default",)
+
+
+def test_a_prompt_that_needs_no_step_is_in_scope_all_the_same(tiny_model: TinyModel) -> None:
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, warm_start=False, settled_below=1e9))
+    before = learner.version
+    learner.learn_one(Sample(prompt_ids=_prompt(1), completion_ids=[95]))
+    assert learner.answering(_prompt(1)) == ("default",) and learner.version == before + 1

@@ -17,14 +17,18 @@ from ogpstream.learner import LearnerConfig, Sample, StreamLearner, update
 from ogpstream.learner.apply import Applier
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.certificate import DriftMeter, spectral_norm
+from ogpstream.learner.draft import Draft
 from ogpstream.learner.folder import MemoryFolder
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.proposal import Proposer
 from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.units import exhausted
+from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Held
 from ogpstream.memory.layout import SiteShape
 from ogpstream.memory.replay import ReplayRing
@@ -124,7 +128,7 @@ class Bench:
             except StopIteration as end:
                 self.look()
                 report: update.Update = end.value
-                self.updater.restart(name)
+                exhausted(self.updater.restart(name))
                 self.look()
                 assert report.refusal is None
                 return report
@@ -269,32 +273,36 @@ def test_a_long_story_with_everything_in_it(
 
 
 def _take_out_the_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protection, "_fold", lambda self, expert, directions: None)
+    patch.setattr(Draft, "_fold", lambda self, expert, key, directions: iter(()))
 
 
 def _take_out_the_late_fold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protection, "fold", lambda self, expert: None)
-    real = Protection._fold
+    patch.setattr(Draft, "fold", lambda self, name: iter(()))
+    real = Draft._fold
 
-    def only_of_this_moment(self: Protection, expert: Any, directions: dict[str, Tensor]) -> None:
-        real(self, expert, {key: N[:, -2:] for key, N in directions.items()})
+    def only_of_this_moment(self: Draft, expert: Any, key: str, directions: Tensor) -> Generator[None, None, None]:
+        return real(self, expert, key, directions[:, -2:])
 
-    patch.setattr(Protection, "_fold", only_of_this_moment)
+    patch.setattr(Draft, "_fold", only_of_this_moment)
 
 
 def _project_before_the_optimizer(patch: pytest.MonkeyPatch) -> None:
     project, step = Protection.project_, Proposer._step
 
     def early(self: Proposer, expert: Any, piece: Any, flats: Any, gradient: Tensor, eps: Any) -> None:
-        project(self.protection, piece.layout, gradient)
+        exhausted(project(self.protection, piece.layout, gradient))
         step(self, expert, piece, flats, gradient, eps)
 
-    patch.setattr(Protection, "project_", lambda self, layout, slab: Use())
+    def nothing(self: Protection, layout: Any, slab: Tensor) -> Generator[None, None, Use]:
+        yield
+        return Use()
+
+    patch.setattr(Protection, "project_", nothing)
     patch.setattr(Proposer, "_step", early)
 
 
 def _restart_anywhere(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Protection, "_live", lambda self, key, real=Protection._live: 0.0 * real(self, key))
+    patch.setattr(ProjectionBasis, "directions", lambda self, real=ProjectionBasis.directions: 0.0 * real(self))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ SETTINGS = ["warm_samples=2", "warm_tokens=4", "snapshot_every=5", "ring_samples
             "learned_below=4.0", "learned_share=0.0", "restart_after=3"]
 MARK = "#"
 # what a kill can fall into; each call is an event
-EVENTS = ((os, "fsync"), (os, "replace"), (os, "write"), (os, "unlink"), (Updater, "publish"), (Applier, "_commit"))
+EVENTS = ((os, "fsync"), (os, "replace"), (os, "write"), (os, "unlink"), (Updater, "_commit"), (Applier, "_commit"))
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +140,8 @@ def test_what_is_acknowledged_is_learned_by_the_next_start_whatever_it_is_asked_
     assert learn(job, tmp_path / "whole", group=64) == 0
     expected, _ = read_status(tmp_path / "whole")
     state = tmp_path / "state"
-    # the first publish is the empty expert's, the second one the first update's: all lines are on the disk by then
-    assert learn(job, state, kill_at=2, events=[(Updater, "publish")], group=64) == -signal.SIGKILL
+    # of the first update: all lines are on the disk by then
+    assert learn(job, state, kill_at=1, events=[(Updater, "_commit")], group=64) == -signal.SIGKILL
     status, _ = read_status(state)
     assert (status["pending"], status["acknowledged"], status["learned"]) == (LINES, LINES, 0)
     empty = tmp_path / "empty.jsonl"

@@ -12,10 +12,11 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ogpstream.learner import LearnerConfig, Sample, SampleError, StreamLearner, pacer, step
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
-from ogpstream.learner.update import Lesson
 from ogpstream.learner.walk import LayerCall, run_layer
 from ogpstream.memory.adapters import AdapterStore
+from ogpstream.memory.experts import Expert
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 
@@ -245,23 +246,22 @@ def test_what_a_version_needs_is_taken_before_masters_change(
 ) -> None:
     whole, learner = (_learner(tiny_model, learned_below=6.0 if learned else 1e-9) for _ in range(2))
     columns = learner.state.protection.columns
-    reserve, publish = AdapterStore.reserve, AdapterStore.publish
+    reserve = AdapterStore.reserve
     states: list[str] = []
 
-    def full(self: AdapterStore, **sizes: Any) -> Any:
+    def full(self: AdapterStore, experts: Sequence[Expert]) -> Any:
         if len(states) == 1:
-            return reserve(self, **sizes)
+            return reserve(self, experts)
         states.append(learner.state_sha256())
         raise torch.OutOfMemoryError("injected")
 
-    def reserved(self: AdapterStore, version: int | None = None, room: Any = None) -> Any:
-        assert room is not None, "published without the memory that was taken before"
-        return publish(self, version, room)
+    def after(self: AdapterStore, version: int | None = None) -> Any:
+        raise AssertionError("built when the masters had changed")
 
     samples, before = [_sample(9), _sample(1)], learner.state_sha256()
     with monkeypatch.context() as patch:
         patch.setattr(AdapterStore, "reserve", full)
-        patch.setattr(AdapterStore, "publish", reserved)
+        patch.setattr(AdapterStore, "publish", after)
         learner.learn_batch(samples)
     whole.learn_batch(samples)
     assert states == [before]

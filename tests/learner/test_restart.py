@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
+from ogpstream.learner.draft import Draft, Growth, fold_now
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.restart import fresh_factors, read_directions
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout, SiteShape
@@ -27,15 +29,33 @@ def trained(config: LearnerConfig, *names: str, rank: int = 4) -> tuple[Protecti
     generator = torch.Generator().manual_seed(0)
     widths = {"x": 40, "z": 30}
     first = {key: torch.linalg.qr(torch.randn(d, 5, generator=generator))[0] for key, d in widths.items()}
-    protection.admit(first, [])
+    admit(protection, first)
     experts = []
     for number, name in enumerate(names):
         slab = torch.randn(store.layout(rank).numel, generator=torch.Generator().manual_seed(number))
         expert = store.create(name, rank, 2.0, slab)
         expert.exp_avg, expert.exp_avg_sq, expert.steps = slab.clone(), slab.square(), 7
-        protection.fold(expert)
+        fold_now(protection, expert)
         experts.append(expert)
     return protection, experts
+
+
+def admit(protection: Protection, found: dict[str, Tensor], *experts: Expert) -> None:
+    draft = Draft(protection, experts)
+    for key, directions in found.items():
+        exhausted(draft.admit(key, directions))
+    draft.commit()
+
+
+def restart(protection: Protection, expert: Expert, *others: Expert) -> Growth | None:
+    draft = Draft(protection, [expert, *others])
+    made = exhausted(draft.restart(expert.name))
+    draft.commit()
+    return draft.growth if made else None
+
+
+def read(expert: Expert, at_most: int) -> dict[str, Tensor]:
+    return {key: read_directions(expert, key, at_most) for key in ("x", "z")}
 
 
 def functions(expert: Expert) -> list[Tensor]:
@@ -61,7 +81,7 @@ def test_fresh_factors_follow_from_the_keys_alone() -> None:
 @pytest.mark.parametrize("at_most", [1, 3, 30])
 def test_read_directions_are_the_singular_vectors_of_the_whole_product(at_most: int) -> None:
     _, (expert,) = trained(LearnerConfig(), "e")
-    found = read_directions(expert, at_most)
+    found = read(expert, at_most)
     for key, members in (("x", (0, 1)), ("z", (2,))):
         product = torch.cat([expert.a(i).double() @ expert.b(i).double() for i in members], 1)
         u, s, _ = torch.linalg.svd(product)
@@ -73,7 +93,7 @@ def test_read_directions_are_the_singular_vectors_of_the_whole_product(at_most: 
 def test_an_expert_that_computes_nothing_reads_nothing() -> None:
     _, (expert,) = trained(LearnerConfig(), "e")
     expert.factors = fresh_factors(expert.layout, 0, dtype=torch.float32)
-    assert {key: tuple(u.shape) for key, u in read_directions(expert, 2).items()} == {"x": (40, 0), "z": (30, 0)}
+    assert {key: tuple(u.shape) for key, u in read(expert, 2).items()} == {"x": (40, 0), "z": (30, 0)}
 
 
 @pytest.mark.parametrize("directions", [0, 2])
@@ -81,14 +101,14 @@ def test_a_restart_keeps_the_function_and_frees_the_factors(directions: int) -> 
     config = LearnerConfig(held_rank=None, restart_directions=directions, basis_columns=16)
     protection, (expert, other) = trained(config, "e", "other")
     before, beside = functions(expert), functions(other)
-    read = read_directions(expert, 2)
-    growth = protection.restart(expert, [other])
+    directions_read = read(expert, 2)
+    growth = restart(protection, expert, other)
     assert growth is not None and growth.admitted == 2 * directions
     for was, now in zip([*before, *beside], [*functions(expert), *functions(other)], strict=True):
         assert (now - was).norm() < 1e-6 * was.norm()
     for key in ("x", "z"):
         P = span(protection, key)
-        outside = read[key].float() - P @ (P.T @ read[key].float())
+        outside = directions_read[key].float() - P @ (P.T @ directions_read[key].float())
         assert bool(outside.norm() < 1e-5) == bool(directions)
         for one in (expert, other):
             block = one.layout.a_block(one.factors, key)
@@ -110,10 +130,10 @@ def test_a_restart_folds_the_average_of_the_factors() -> None:
     # what joins P before is taken out of the average too, and along it what the last factors computed is held
     new = {"x": torch.linalg.qr(torch.randn(40, 1, generator=torch.Generator().manual_seed(5)))[0]}
     last = functions(expert)
-    protection.admit(new, [expert])
+    admit(protection, new, expert)
     P = span(protection, "x")[:, -1:].double()
     assert float((P.T @ expert.layout.a_block(expert.average, "x").double()).norm()) < 1e-6
-    protection.restart(expert, [other])
+    restart(protection, expert, other)
     for index, (was, ended) in enumerate(zip(mean, last, strict=True)):
         wanted = was.double()
         if SITES[index].basis == "x":
@@ -131,7 +151,7 @@ def test_what_the_cut_drops_at_a_restart_is_reported() -> None:
     cuts: list[int] = []
     protection.on_cut = lambda name, site, dropped: cuts.append(site)
     before, booked = functions(expert), list(expert.discarded)
-    protection.restart(expert, [])
+    restart(protection, expert)
     for index, (was, now) in enumerate(zip(before, functions(expert), strict=True)):
         lost = expert.discarded[index] - booked[index]
         assert expert.held[index].rank == 5
@@ -144,7 +164,7 @@ def test_a_restart_that_would_cost_too_much_waits() -> None:
     for index in range(len(SITES)):
         expert.b(index).copy_(torch.randn(expert.b(index).shape, generator=torch.Generator().manual_seed(index)))
     before, masters, columns = functions(expert), expert.factors.clone(), protection.columns
-    assert protection.restart(expert, []) is None
+    assert restart(protection, expert) is None
     assert torch.equal(expert.factors, masters) and protection.columns == columns
     assert all(map(torch.equal, functions(expert), before))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner
+from ogpstream.learner.draft import fold_now
 from ogpstream.learner.stream import learn_file
 
 SAMPLES = int(os.environ.get("OGPSTREAM_SOAK", "300"))
@@ -43,12 +44,11 @@ def fill(learner: StreamLearner) -> None:
     """Random directions into P until no basis takes more."""
     generator = torch.Generator().manual_seed(1)
     protection = learner.state.protection
-    found = {}
-    for key, basis in protection.bases.items():
+    for basis in protection.bases.values():
         if room := basis.capacity - basis.columns:
             block = torch.randn(basis.d_in, room, generator=generator)
-            found[key] = block / block.norm(dim=0)
-    protection.admit(found, [learner.state.store.expert("default")], fixed=True)
+            basis.admit(block / block.norm(dim=0), threshold=0.0, fixed=True)
+    fold_now(protection, learner.state.store.expert("default"))
 
 
 def full(learner: StreamLearner) -> bool:

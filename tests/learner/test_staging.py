@@ -10,9 +10,9 @@ import transformers as tf
 from torch import Tensor
 
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, staging, update
-from ogpstream.learner.queue import exhaust
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.staging import Lean, Piece, PieceSink, Resident, Staging, in_pieces
-from ogpstream.learner.update import Lesson
+from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.layout import Layout, SiteShape
@@ -92,11 +92,13 @@ def test_resident_has_the_bits_of_the_host(tiny_model: TinyModel, optimizer: str
     assert other.state.protection.columns > _learner(tiny_model, None, **own).state.protection.columns
 
 
+@pytest.mark.parametrize("mode", ["lean", "a host in pieces"])
 @pytest.mark.parametrize("eps", [1e-8, 0.3])
 @pytest.mark.parametrize("scope", ["layer", "shared"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_lean_makes_the_host_s_update_up_to_rounding(
-    tiny_model: TinyModel, in_threes: None, optimizer: str, scope: str, eps: float
+def test_piece_by_piece_the_host_s_update_is_made_up_to_rounding(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, in_threes: None, optimizer: str, scope: str, eps: float,
+    mode: str,
 ) -> None:
     """An eps of 0.3 shows whether it is relative to all of an expert, as on the host, or to one piece."""
     own = dict(optimizer=optimizer, basis_scope=scope, eps=eps, lr=0.02 if optimizer == "adam" else 0.5)
@@ -104,12 +106,15 @@ def test_lean_makes_the_host_s_update_up_to_rounding(
     for learner in (host, other):
         learner.learn_batch([_sample(seed) for seed in range(6)])
     assert other.state_sha256() == host.state_sha256()
-    lean, updater = MODES["lean"](scope == "shared"), other._updater
-    updater.staging = updater.proposer.staging = other.state.protection.staging = lean
-    before = other.state.store.expert("default").factors
-    assert len(lean.pieces(other.state.store.layout(3))) > 1
-    for learner in (host, other):
-        learner.learn_batch([_sample(9)])
+    before, updater = other.state.store.expert("default").factors, other._updater
+    host.learn_batch([_sample(9)])
+    if mode == "lean":
+        made = MODES["lean"](scope == "shared")
+        updater.staging = updater.proposer.staging = other.state.protection.staging = made
+    else:
+        monkeypatch.setattr(staging, "FACTORS", 1000)
+    assert len(updater.staging.pieces(other.state.store.layout(3))) > 2
+    other.learn_batch([_sample(9)])
     assert other.state.protection.columns == host.state.protection.columns
     ours, theirs = (learner.state.store.expert("default") for learner in (other, host))
     moved = float((theirs.factors - before).norm())
@@ -147,7 +152,7 @@ def test_an_update_of_the_top_layer_leaves_the_others_bit_for_bit(
         top = one._updater.sites_of(1)
         # what is folded in a P that all layers share moves what the others hold, and what they hold alone
         one.state.protection.config = replace(one.config, directions_per_sample=int(scope == "layer"))
-        report = exhaust(one._updater.run("default", [lesson], 1))
+        report = exhausted(one._updater.run("default", [lesson], 1))
         assert report.learned == (True,) and (report.admitted > 0) == (scope == "layer")
     sites, layout = learner.attachment.sites, expert.layout
     for name, was in before[0].items():
@@ -196,13 +201,19 @@ def test_only_active_experts_are_resident(tiny_model: TinyModel) -> None:
     assert len(resident._slabs) == 6
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_pieces_cover_a_slab_once(alone: bool) -> None:
+@pytest.mark.parametrize(("made", "factors", "count"), [
+    (Lean(CPU, alone=False), 1, 2), (Lean(CPU, alone=True), 1, 3), (Staging(CPU), 1, 3), (Staging(CPU), 21, 2),
+    (Staging(CPU), 2**20, 1), (Resident(CPU, bases=False), 1, 1),
+])
+def test_pieces_cover_a_slab_once(monkeypatch: pytest.MonkeyPatch, made: Staging, factors: int, count: int) -> None:
+    monkeypatch.setattr(staging, "FACTORS", factors)
     sites = [SiteShape("q", 6, 4, "in"), SiteShape("o", 4, 6, "mid"), SiteShape("k", 6, 2, "in")]
     layout = Layout(sites, 2)
-    lean = Lean(CPU, alone=alone)
-    pieces = lean.pieces(layout)
-    assert len(pieces) == (3 if alone else 2)
+    pieces = made.pieces(layout)
+    assert len(pieces) == count
+    assert all((piece.layout is layout) == (count == 1) for piece in pieces)
+    top = made.pieces(layout, {1})
+    assert len(top) == 1 and top[0].sites == (1,)
     slab = torch.arange(layout.numel, dtype=torch.float32)
     again = torch.full_like(slab, -1.0)
     ends = [piece.span for piece in pieces]

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from ogpstream.memory import adapters
 from ogpstream.memory.adapters import AdapterStore, Served, UnknownExpert
 from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout, SiteShape
@@ -138,6 +139,40 @@ def test_an_old_version_outlives_everything_that_follows() -> None:
     store.publish()
     for pack, (a, b, scale) in zip(old.packs, copies, strict=True):
         assert torch.equal(pack.A, a) and torch.equal(pack.B, b) and torch.equal(pack.scale, scale)
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize(("sites", "elements"), [(2, 2**20), (16, 300), (16, 1)])
+def test_a_version_is_built_a_few_sites_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, sites: int, elements: int, reuse: bool
+) -> None:
+    """Of experts as they are to become: those of the store, and what is served, stay."""
+    store, plain = two_experts(), two_experts()
+    before = store.publish() if reuse else store.served
+    later = {name: store.expert(name).copy() for name in store.names}
+    for one in (later["default"], plain.expert("default")):
+        one.factors = one.factors + 1
+        one.held = [Held(held.U - 1, held.V) for held in one.held]
+    monkeypatch.setattr(adapters, "_SITES", sites)
+    monkeypatch.setattr(adapters, "_ELEMENTS", elements)
+    masters, written = store.expert("default").factors.clone(), [0]
+    put = adapters.put
+    monkeypatch.setattr(adapters, "put", lambda *given: (written.append(written.pop() + given[1].numel()), put(*given)))
+    work, units = store.building(store.active, later), []
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            made = end.value
+            break
+        units.append(written[0])
+        written[0] = 0
+        assert store.served is before and torch.equal(store.expert("default").factors, masters)
+    # the first one takes the memory, the end only assigns
+    assert units[0] == written[0] == 0 and len(units) >= 1 + (5 if elements == 1 else 3)
+    expected = plain.publish()
+    assert same_packs(made, expected) and made.version == expected.version + reuse
+    assert (made.experts, made.gates) == (expected.experts, expected.gates)
 
 
 def test_versions_count_up_unless_given() -> None:

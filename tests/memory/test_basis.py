@@ -252,6 +252,28 @@ def test_share_and_coefficients() -> None:
     assert basis.share(x[:3].bfloat16()).dtype == torch.float32
 
 
+def test_no_change_of_a_basis_reaches_a_copy_of_it_or_what_was_read() -> None:
+    def all_of(one: ProjectionBasis) -> str:
+        tensors, meta = one.state_dict()
+        return repr(({name: tensor.tolist() for name, tensor in tensors.items()}, meta))
+
+    basis, e = ProjectionBasis(10, capacity=4, window=10), torch.eye(10)
+    basis.admit(e[:, :3])
+    used = basis.live.clone()
+    changes = (lambda one: one.admit(e[:, 3:8]), lambda one: one.record_use(used), lambda one: one.prune(2),
+               lambda one: one.release([0]), lambda one: one.grow(8))
+    for change in changes:
+        for changed, kept in ((0, 1), (1, 0)):
+            both = (basis.copy(), basis.copy())
+            both[1].become(both[0].copy())
+            before, rows = all_of(both[kept]), both[changed].rows()
+            values = rows.clone()
+            assert all_of(both[changed]) == before == all_of(basis)
+            change(both[changed])
+            assert all_of(both[kept]) == before != all_of(both[changed])
+            assert torch.equal(rows, values)
+
+
 def test_chunks_are_contiguous_views_of_live_rows_only() -> None:
     basis = ProjectionBasis(100, capacity=97)
     assert list(basis.chunks()) == []

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ogpstream.learner import LearnerConfig
+from ogpstream.learner.units import exhausted
 from ogpstream.profiling.bench import register
 from ogpstream.profiling.update_providers import Work, providers
 from ogpstream.profiling.vram import llama_config
@@ -92,7 +93,7 @@ def test_both_ways_make_the_same_update() -> None:
     expert = ours.state.store.expert("expert0")
     slab = expert.factors.clone()
     slab[expert.layout.a_numel :].normal_(0, 0.1)
-    ours.state.protection.project_(expert.layout, slab)
+    exhausted(ours.state.protection.project_(expert.layout, slab))
     expert.factors = slab
     ours.updater.publish()
     linears = {name: module for name, module in peft.model.base_model.model.named_modules()

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ogpstream.kernels import cross_entropy, lora_backward, optimizer, projection
 from ogpstream.kernels.launch import launch
 from ogpstream.learner import LearnerConfig, update
+from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.proposal import Proposer
 from ogpstream.learner.sites import attach
 from ogpstream.learner.staging import Lean, brought
 from ogpstream.learner.state import LearnerState
-from ogpstream.learner.update import Lesson, Updater
+from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.profiling import vram

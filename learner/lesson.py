@@ -1,0 +1,47 @@
+"""What an update learns from: the token ids of one sample, as much of them as there is room and time for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ogpstream.learner.encoding import cut_prompt
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Token ids to learn from.
+
+    Attributes:
+        again: they had an update before, so that they can count as learned.
+        refusal: why nothing may be computed with them, or None.
+    """
+
+    ids: Sequence[int]
+    prompt_length: int
+    again: bool
+    refusal: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Supervised ids."""
+        return len(self.ids) - self.prompt_length
+
+    def asking(self, prompt: int, first: int | None) -> Lesson:
+        """The lesson with at most `prompt` ids of its prompt, at least 1, cut as `within` does."""
+        return self.within(self.rows + prompt, first)
+
+    def within(self, tokens: int | None, first: int | None) -> Lesson:
+        """The lesson cut to `tokens` ids from the left of its prompt; refused where not one of these would be left.
+
+        Args:
+            first: an id that stays where the prompt begins with it, such as the tokenizer's bos.
+        """
+        if tokens is None or len(self.ids) <= tokens:
+            return self
+        if tokens <= self.rows:
+            return replace(self, refusal=f"there is no memory for the {self.rows} tokens of the completion alone: "
+                                         "free some, or split it")
+        prompt, cut = list(self.ids[: self.prompt_length]), len(self.ids) - tokens
+        kept = cut_prompt(prompt, cut, int(prompt[0] == first))
+        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept))

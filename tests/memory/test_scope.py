@@ -1,0 +1,159 @@
+"""The scope: distances and radius of learned prompts, and which texts lie in it."""
+
+import json
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ogpstream.memory import scope as module
+from ogpstream.memory.scope import FEW, FIRST, MOST, Prompts, Scope
+
+WIDTH = 16
+END = 3  # the last id of every question
+
+
+def _table() -> Tensor:
+    """What ids are like: those of a topic, 24 each from 10 on, have something in common."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(90, WIDTH, generator=generator)
+    table[10:82] += 2 * torch.randn(3, WIDTH, generator=generator).repeat_interleave(24, 0)
+    return table
+
+
+TABLE = _table()
+
+
+def _describe(ids: Sequence[int], ends: Sequence[int]) -> Tensor:
+    means = torch.stack([TABLE[list(ids[:end])].mean(0) + TABLE[list(ids[:end][-4:])].mean(0) for end in ends])
+    return means / means.norm(dim=1, keepdim=True)
+
+
+def _question(seed: int, topic: int, length: int = 30) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(10 + 24 * topic, 34 + 24 * topic, (length,), generator=generator).tolist()
+    return [*ids, 4, 5, 6, END]
+
+
+def _learn(scope: Scope, ids: Sequence[int], expert: str = "e") -> Scope:
+    return scope.learned(expert, _describe(ids, [len(ids)])[0], ids[-1])
+
+
+def _learned(count: int = 60) -> Scope:
+    scope = Scope()
+    for seed in range(count):
+        scope = _learn(scope, _question(seed, 0))
+    return scope
+
+
+def _share(scope: Scope, topic: int) -> float:
+    """Of 100 new questions of a topic, those that "e" answers."""
+    return sum("e" in scope.answering(_question(seed, topic), ["e"], _describe) for seed in range(1000, 1100)) / 100
+
+
+def test_it_tells_questions_like_the_learned_ones_from_others() -> None:
+    scope = _learned()
+    assert _share(scope, 0) >= 0.95 and _share(scope, 1) <= 0.05
+
+
+def test_the_answer_and_a_later_question_do_not_take_a_text_out() -> None:
+    scope, question = _learned(), _question(7, 0)
+    for behind in ([70, 71], [70] * 300, _question(1, 2)):
+        assert scope.answering([*question, *behind], ["e"], _describe) == {"e"}
+    # but not where it is too long ago: so many places are looked at
+    assert not scope.answering([*question, *[END] * 200], ["e"], _describe)
+
+
+def test_each_expert_has_its_own() -> None:
+    scope = _learned()
+    for seed in range(60):
+        scope = _learn(scope, _question(seed, 1), "f")
+    first, second = _question(7, 0), _question(7, 1)
+    assert scope.answering(first, ["e", "f"], _describe) == {"e"}
+    assert scope.answering(second, ["e", "f"], _describe) == {"f"}
+    assert scope.answering(first, ["f"], _describe) == frozenset()
+    scope = scope.opened("g")
+    assert scope.answering(first, ["e", "f"], _describe) == {"e"}
+    assert scope.answering(first, ["e", "f", "g"], _describe) == {"e", "g"}
+    assert scope.answering(_question(7, 2), ["g"], _describe) == {"g"}
+
+
+def test_nothing_learned_answers_nothing() -> None:
+    assert Scope().answering(_question(0, 0), ["e"], _describe) == frozenset()
+    assert _learned().answering([], ["e"], _describe) == frozenset()
+
+
+def test_a_learned_prompt_is_always_in_it() -> None:
+    scope = Scope()
+    for seed in range(100):
+        question = _question(seed, seed % 3, length=1 + seed % 7)
+        scope = _learn(scope, question)
+        assert scope.answering(question, ["e"], _describe)
+
+
+def test_to_learn_makes_another_scope() -> None:
+    scope = _learned(20)
+    own, before = scope.experts["e"], scope.state_dict()
+    copies = {key: tensor.clone() for key, tensor in before[0].items()}
+    for ids in (_question(3, 0), _question(99, 1)):
+        _learn(scope, ids)
+    assert scope.experts["e"] is own and scope.state_dict()[1] == before[1]
+    assert all(torch.equal(tensor, copies[key]) for key, tensor in scope.state_dict()[0].items())
+
+
+def test_the_same_prompt_again_is_counted_and_nothing_else() -> None:
+    scope = _learned(20)
+    again = _learn(scope, _question(3, 0)).experts["e"]
+    assert again.counts.tolist() == [1, 1, 1, 2, *[1] * 16]
+    assert again.rows is scope.experts["e"].rows and again.nearest is scope.experts["e"].nearest
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40))
+def test_distances_to_the_nearest_other_prompt(seeds: list[int]) -> None:
+    scope = Scope()
+    for seed in seeds:
+        scope = _learn(scope, _question(seed, seed % 3, length=6))
+    own = scope.experts["e"]
+    assert len(own.rows) == len(set(seeds)) and int(own.counts.sum()) == len(seeds)
+    distance = (1 - own.rows @ own.rows.T).fill_diagonal_(torch.inf)
+    torch.testing.assert_close(own.nearest, distance.min(1).values, atol=2e-3, rtol=0)
+
+
+def _prompts(nearest: Tensor) -> Prompts:
+    return Prompts(torch.zeros(len(nearest), 4), torch.ones(len(nearest), dtype=torch.int64), nearest)
+
+
+def test_the_radius() -> None:
+    assert _prompts(torch.full((FEW - 1,), 0.01)).radius == FIRST
+    assert _prompts(torch.linspace(0.0, 0.099, 100)).radius == pytest.approx(1.1 * 0.09801)
+    assert _prompts(torch.full((100,), 0.9)).radius == MOST
+
+
+def test_a_full_memory_keeps_room_for_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two near ones become one, so that a topic that comes last is not averaged into another one."""
+    monkeypatch.setattr(module, "CAPACITY", 40)
+    scope = _learned(300)
+    for seed in range(100):
+        scope = _learn(scope, _question(seed, 1))
+    own = scope.experts["e"]
+    assert len(own.rows) == len(own.counts) == len(own.nearest) == 40 and int(own.counts.sum()) == 400
+    torch.testing.assert_close(own.rows.norm(dim=1), torch.ones(40), atol=2e-3, rtol=0)
+    assert _share(scope, 0) >= 0.9 and _share(scope, 1) >= 0.9 and _share(scope, 2) <= 0.05
+
+
+def test_it_goes_on_from_what_was_saved() -> None:
+    scope = _learned(50).opened("g")
+    tensors, meta = scope.state_dict()
+    loaded = Scope.from_state_dict(tensors, json.loads(json.dumps(meta)))
+    ends = []
+    for one in (scope, loaded):
+        for seed in range(50, 60):
+            one = _learn(one, _question(seed, 0))
+        ends.append(one.state_dict())
+    (first, meta), (second, again) = ends
+    assert meta == again and all(torch.equal(first[key], second[key]) for key in first)
+    with pytest.raises(ValueError, match="saved prompts of 'e'"):
+        Scope.from_state_dict({**first, "0.counts": torch.ones(3)}, meta)
