@@ -97,7 +97,7 @@ class Applier:
         counters, ring = self.state.counters, self.state.ring
         reason = None
         # of the same record, where it was aborted between two of its updates
-        updates = self._made[1] if self._made[0] == record["seq"] else []
+        updates = self._made[1] if self._made[0] == record["seq"] and self.state.position.done else []
         self._made = record["seq"], updates
         loss = updates[0].losses[0] if updates else None
         new = Lesson(record["ids"], record["prompt_length"], again=False)
@@ -108,15 +108,18 @@ class Applier:
             new = self._limited(new, record, 0)
             trained = self._paced(new, record, 0)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
-            counters.acknowledged += 1
             if reason is not None:
+                yield WRITES
+                self.folder.quarantine({**record, "reason": reason})
+                yield "written"
+                counters.acknowledged += 1
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
                 if record["id"] is not None:
                     # not by its id, which the mended sample may have too
                     self.state.refused.add(record["digest"])
-                self.folder.quarantine({**record, "reason": reason})
                 return self._report(record, trained, "rejected", started, loss, updates, reason)
+            counters.acknowledged += 1
             counters.learned += 1
             if record["id"] is not None:
                 self.state.seen.add(record["id"])

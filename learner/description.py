@@ -44,14 +44,15 @@ class Describer:
         A part is 0 where nothing varies.
         """
         mean, factor = self._whitening
-        taken = self._weight[torch.tensor(ids, device=self._weight.device)].float()
-        sums = torch.cat([torch.zeros_like(taken[:1]), taken.cumsum(0)])
-        stops = torch.tensor(ends)
+        stops = torch.tensor(ends).repeat_interleave(2)
         starts = (stops - LAST).clamp_min(0)
-        means = torch.stack([sums[stops] / stops[:, None].to(sums), (sums[stops] - sums[starts])
-                             / (stops - starts)[:, None].to(sums)], 1).cpu()
+        starts[::2] = 0
+        places = torch.arange(len(ids))
+        shares = ((places >= starts[:, None]) & (places < stops[:, None])) / (stops - starts)[:, None]
+        taken = self._weight[torch.tensor(ids, device=self._weight.device)].float()
+        means = (shares.to(taken) @ taken).cpu()
         # whitened by the Cholesky factor: cosines are those of any other square root of the covariance
-        white = torch.linalg.solve_triangular(factor, (means.flatten(0, 1) - mean).T, upper=False).T
+        white = torch.linalg.solve_triangular(factor, (means - mean).T, upper=False).T
         norms = white.norm(dim=1, keepdim=True)
         return (white / torch.where(norms > 0, norms, 1.0)).view(len(ends), -1) / 2**0.5
 

@@ -150,6 +150,8 @@ Exported by `ogp-lora-stream`: {about or "an expert"}.
 - base model: `{base}`, unchanged
 - rank {config.r}: what is still trained and what is held of it, as one LoRA; alpha {config.lora_alpha}
 - adapted linears: {", ".join(sorted(config.target_modules or []))}
+- it answers every prompt; the learner that it comes from serves it, if not set otherwise, to prompts like those that it
+  learned, and the base model to all others
 
 ```python
 from peft import PeftModel

@@ -65,33 +65,34 @@ class Prompts:
             counts = self.counts.clone()
             counts[distance.argmin()] += 1
             return replace(self, counts=counts, closing=closing)
-        room = self if len(self.rows) < CAPACITY else self._merged()
-        distance = distance if room is self else room.distances(described[None])[0]
+        if len(self.rows) == CAPACITY:
+            return replace(self._merged(described), closing=closing)
         nearest = float(distance.min()) if len(distance) else torch.inf
         return Prompts(
-            torch.cat([room.rows, described[None].half().float()]),
-            torch.cat([room.counts, torch.ones(1, dtype=torch.int64)]),
-            torch.cat([torch.minimum(room.nearest, distance), torch.tensor([nearest])]),
+            torch.cat([self.rows, described[None].half().float()]),
+            torch.cat([self.counts, torch.ones(1, dtype=torch.int64)]),
+            torch.cat([torch.minimum(self.nearest, distance), torch.tensor([nearest])]),
             closing,
         )
 
-    def _merged(self) -> Prompts:
-        """With the mean of two that are nearest to each other in place of both."""
+    def _merged(self, described: Tensor) -> Prompts:
+        """With one more prompt at the place of one of two that are nearest to each other; the other is their mean."""
         first = int(self.nearest.argmin())
         distance = self.distances(self.rows[first : first + 1])[0]
         distance[first] = torch.inf
         second = int(distance.argmin())
         mean = (self.rows[[first, second]] * self.counts[[first, second], None]).sum(0)
-        others = torch.tensor([row not in (first, second) for row in range(len(self.rows))])
-        one = (mean / mean.norm()).half().float()
-        distance = 1 - self.rows[others] @ one
-        # the distances of others to one of the two stay as they are: the mean is not far from it
-        return Prompts(
-            torch.cat([self.rows[others], one[None]]),
-            torch.cat([self.counts[others], self.counts[[first, second]].sum()[None]]),
-            torch.cat([self.nearest[others], distance.min()[None]]),
-            self.closing,
-        )
+        rows, counts, nearest = self.rows.clone(), self.counts.clone(), self.nearest
+        rows[first], rows[second] = (mean / mean.norm()).half().float(), described.half().float()
+        counts[first] += counts[second]
+        counts[second] = 1
+        for place in (first, second):
+            distance = 1 - rows @ rows[place]
+            distance[place] = torch.inf
+            # a distance of others to one of the two that are gone stays: their mean is not far from it
+            nearest = torch.minimum(nearest, distance)
+            nearest[place] = distance.min()
+        return Prompts(rows, counts, nearest)
 
     @property
     def radius(self) -> float:

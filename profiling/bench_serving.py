@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # random samples are never known, so each one counts as learned in its second update: P grows and held parts are cut,
 # which are the longest units that there are
-GROWING = LearnerConfig(repeats=1, learned_below=1e9, learned_share=0.0)
+GROWING = LearnerConfig(repeats=1, learned_below=1e9, learned_share=0.0, served_to="all")
 
 
 def bench_serving(

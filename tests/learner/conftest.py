@@ -16,8 +16,8 @@ MakeLearner = Callable[..., StreamLearner]
 
 # small and quick: two linears of two inputs each layer, one layer
 QUICK: dict[str, Any] = dict(
-    rank=3, lr=0.02, target_modules=("q_proj", "down_proj"), basis_columns=16, warm_samples=2, warm_tokens=8,
-    warm_share=0.25, learned_below=100.0, learned_share=0.0, settled_below=0.0,
+    rank=3, lr=0.02, served_to="all", target_modules=("q_proj", "down_proj"), basis_columns=16, warm_samples=2,
+    warm_tokens=8, warm_share=0.25, learned_below=100.0, learned_share=0.0, settled_below=0.0,
 )
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ogpstream import learner as learner_package
 from ogpstream.learner import StreamLearner, cli, terminal
+from ogpstream.learner.binding import Share
 from ogpstream.learner.folder import StateFolder
 from ogpstream.profiling.bench import NAMES
 
@@ -198,7 +199,9 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
     ids = torch.arange(5, 25)[None]
     tuned = PeftModel.from_pretrained(model, tmp_path / "adapter")
     learner = StreamLearner.load_state(copy, AutoModelForCausalLM.from_pretrained(place / "model"))
-    with torch.no_grad():
+    served = learner.state.store.served
+    # an exported adapter answers every prompt
+    with torch.no_grad(), learner.attachment.binding.using(served, (Share(served),)):
         torch.testing.assert_close(tuned(ids).logits, learner.model(ids).logits, atol=1e-5, rtol=0)
     older = learner.versions()[0]
     learner.close()

@@ -19,8 +19,8 @@ from ogpstream.memory.adapters import Served
 TinyModel = Callable[..., tf.PreTrainedModel]
 
 QUICK: dict[str, Any] = dict(
-    rank=2, lr=0.05, target_modules=("q_proj", "v_proj", "down_proj"), basis_columns=16, warm_start=False,
-    learned_below=100.0, learned_share=0.0, settled_below=0.0, ring_samples=8, replay_every=4,
+    rank=2, lr=0.05, served_to="all", target_modules=("q_proj", "v_proj", "down_proj"), basis_columns=16,
+    warm_start=False, learned_below=100.0, learned_share=0.0, settled_below=0.0, ring_samples=8, replay_every=4,
 )
 TIMEOUT = 120.0
 

@@ -388,3 +388,25 @@ def test_the_state_holds_no_importance_of_parameters(make: MakeLearner, optimize
             assert name.rpartition("/")[2] in {"factors", "average"} | moments
     sizes = {parameter.numel() for parameter in learner.model.parameters() if parameter.numel() > 1000}
     assert not [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel() in sizes]
+
+
+def test_what_is_refused_is_written_in_a_unit_of_its_own(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a server that is outside of its lock; dropped behind it, nothing has changed."""
+    learner = make()
+    monkeypatch.setattr(update.Updater, "_refusal", lambda *_: "not today")
+    units: list[str] = []
+    written: list[tuple[str, int]] = []
+    monkeypatch.setattr(learner._applier.folder, "quarantine",
+                        lambda entry: written.append((units[-1], entry["seq"])))
+    before = learner.state_sha256()
+    work = learner.step(_sample(1))
+    for unit in work:
+        units.append(unit)
+        if unit == "written":
+            break
+    work.close()
+    assert [unit for unit, _ in written] == ["writes"] and learner.state_sha256() == before
+    report = learner.drain()
+    assert isinstance(report, SampleReport) and report.status == "rejected" and report.reason == "not today"
+    # the folder keeps a record once
+    assert learner.state.counters.rejected == 1 and len({seq for _, seq in written}) == 1

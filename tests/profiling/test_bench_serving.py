@@ -43,7 +43,7 @@ def _bench(*words: str) -> Any:
 
 @pytest.fixture
 def learner(tiny_model: Any) -> Iterator[StreamLearner]:
-    config = LearnerConfig(lr=0.05, warm_samples=2, warm_tokens=8, settled_below=0.0)
+    config = LearnerConfig(lr=0.05, served_to="all", warm_samples=2, warm_tokens=8, settled_below=0.0)
     learner = StreamLearner(tiny_model("llama", num_hidden_layers=1, hidden_size=16, intermediate_size=24,
                                        num_attention_heads=2), config=config)
     yield learner
