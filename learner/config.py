@@ -69,7 +69,7 @@ class LearnerConfig:
     warm_share: float = 0.5  # of m, at most, for these directions
     warm_samples: int = 64  # of the model's own, where no calibration text is given
     warm_tokens: int = 96  # tokens each
-    base_anchor: float = 1e-2  # pull on what plastic factors add to the base's inputs (of the warm start); 0 is off
+    base_anchor: float = 5e-3  # pull on what plastic factors add to the base's inputs (of the warm start); 0 is off
 
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring
