@@ -7,16 +7,15 @@ kept in the folder `--out`, and the same command computes only those that are mi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
-from ogpstream.profiling.bench_report import fail, prepare
+from ogpstream.profiling.bench_report import assigned, fail, prepare
 from ogpstream.profiling.methods import METHODS, method_config, untuned
 from ogpstream.profiling.row_store import RowStore
 
@@ -68,13 +67,13 @@ def bench_forgetting(
     prepare(out)
     try:
         known = read_rates(rates) if rates else {}
-        for name, rate in _values(lr or [], "--lr").items():
+        for name, rate in assigned(lr or [], "--lr").items():
             if name not in METHODS:
                 raise ConfigError(f"--lr {name}={rate} is of no method: use {', '.join(METHODS)}")
             known[name] = replace(known.get(name, Rate(0.0, untuned(name)[1], None)), lr=float(rate))
         if find_rates is not None and (tune < 1 or len(stream or []) > 1):
             raise ConfigError("--find-rates needs --tune N and a single --stream: what is tuned on is never tested on")
-        settings = {"ring_samples": ring, **_values(set_ or [], "--set")}
+        settings = {"ring_samples": ring, **assigned(set_ or [], "--set")}
         if "lr" in settings:
             raise ConfigError("--set lr would be one rate for all methods: give each its own with --lr method=rate")
         lines = texts.read_text("utf-8").splitlines() if texts else []
@@ -119,17 +118,3 @@ def _with_rate(job: Job, known: dict[str, Rate]) -> Job:
         lr, strength = untuned(job.method)
         return replace(job, lr=lr, strength=strength)
     return replace(job, lr=rate.lr, strength=rate.strength, tuned_on=rate.tuned_on)
-
-
-def _values(items: Sequence[str], option: str) -> dict[str, Any]:
-    """name=value items; a value that is no JSON is a text."""
-    values = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not equals:
-            fail(f"{option} {item}: write name=value", 2)
-        try:
-            values[name] = json.loads(value)
-        except ValueError:
-            values[name] = value
-    return values

@@ -64,6 +64,20 @@ def chosen(option: str, words: Sequence[str] | None, known: Sequence[str]) -> li
     return [name for name in known if not words or name in words]
 
 
+def assigned(items: Sequence[str], option: str) -> dict[str, Any]:
+    """name=value items; a value that is no JSON is a text."""
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            fail(f"{option} {item}: write name=value", 2)
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = value
+    return values
+
+
 def device_named(name: str) -> torch.device:
     """cpu, cuda, or by default the GPU where there is one."""
     import torch
