@@ -100,7 +100,7 @@ class Applier:
         updates = self._made[1] if self._made[0] == record["seq"] and self.state.position.done else []
         self._made = record["seq"], updates
         loss = updates[0].losses[0] if updates else None
-        new = Lesson(record["ids"], record["prompt_length"], again=False)
+        new = Lesson(record["ids"], record["prompt_length"], again=False, asked=record.get("asked"))
         if self.state.position.done == 0:
             slots = self.recall.companions(record["rehearsals"], record["expert"])
             update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
@@ -285,6 +285,8 @@ class Applier:
         counters, version = self.state.counters, self.state.store.served.version
         match record["kind"]:
             case "refused" | "kept" as kind:
+                if kind == "kept":
+                    self.folder.quarantine(record)
                 counters.acknowledged += 1
                 if record["id"] is not None:
                     (self.state.refused if kind == "refused" else self.state.seen).add(record["id"])
@@ -292,7 +294,6 @@ class Applier:
                     counters.rejected += 1
                     return SampleReport(record["id"], "rejected", version, reason=record["reason"])
                 counters.quarantined += 1
-                self.folder.quarantine(record)
                 return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
             case "shorten" | "pace" | "put off":
                 # they act on the record that they name
@@ -346,12 +347,14 @@ class Applier:
         state = self.state
         counters, version = state.counters, state.store.served.version
         seen, refused = state.seen.state_dict(), state.refused.state_dict()
-        state.restore(snapshot.tensors, snapshot.meta)
+        position = Position(**snapshot.meta["position"])
         # a snapshot made between the updates of a sample has that sample in it
-        inside = state.position.seq + (state.position.done > 0)
+        inside = position.seq + (position.done > 0)
+        # all that may fail comes first: applied again, it finds the state as it was
         for undone in self.folder.kept(inside):
             if undone["kind"] == "sample" and undone["seq"] < record["seq"]:
                 self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
+        state.restore(snapshot.tensors, snapshot.meta)
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
         state.refused.load_state_dict(refused)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpstream.learner import warmstart
-from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.config import LearnerConfig, ServedTo
 from ogpstream.learner.description import Describer
-from ogpstream.learner.errors import ModelError, StateError
+from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.gate import Gate
 from ogpstream.learner.intake import Intake
@@ -50,27 +51,31 @@ class Assembly:
             basis_scope=config.basis_scope,
         )
         self.config = config
+        try:
+            self._put_together(model, tokenizer)
+        except BaseException:
+            self.attachment.detach()
+            raise
+
+    def _put_together(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        config = self.config
         self.state = LearnerState.fresh(self.attachment, config)
+        describer = Describer(model.get_input_embeddings())
+        # now, and not when the first prompt has come; prompts are remembered whoever is served, which may change
+        describer.warm_up()
         if config.served_to == "scope":
-            describer = Describer(model.get_input_embeddings())
-            # now, and not when the first prompt has come
-            describer.warm_up()
             self.attachment.binding.gate = Gate(describer, batches=self.attachment.batches)
-        self.updater = Updater(self.attachment, self.state.store, self.state.protection, config)
+        self.updater = Updater(self.attachment, self.state.store, self.state.protection, config, describer)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
         self.queue = RecordQueue(self.state, self.updater, config, own)
         self.intake = Intake(tokenizer, self.queue)
         self.roster, self.versions = Roster(self.queue), Versions(self.queue)
-        try:
-            # not id 0: often the padding, whose embedding is zero and whose logits say nothing
-            vocabulary = self.intake.vocab_size
-            self.updater.walk.check(torch.tensor([[vocabulary // 3, vocabulary // 2]], device=model.device))
-            # now, and not when the first sample has come: a server is waiting then
-            _ = self.updater.preflight.footprint
-        except ModelError:
-            self.attachment.detach()
-            raise
+        # not id 0: often the padding, whose embedding is zero and whose logits say nothing
+        vocabulary = self.intake.vocab_size
+        self.updater.walk.check(torch.tensor([[vocabulary // 3, vocabulary // 2]], device=model.device))
+        # now, and not when the first sample has come: a server is waiting then
+        _ = self.updater.preflight.footprint
 
     @classmethod
     def new(
@@ -105,12 +110,18 @@ class Assembly:
         state_dir: str | os.PathLike[str],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
+        served_to: ServedTo | None = None,
     ) -> Assembly:
-        """With the state of a folder: the newest valid snapshot, and the journal after it applied."""
+        """With the state of a folder: the newest valid snapshot, and the journal after it applied.
+
+        Args:
+            served_to: in place of what the state says.
+        """
         folder = StateFolder(state_dir)
         try:
             snapshot = folder.load()
-            parts = cls(model, tokenizer, LearnerConfig.from_dict(snapshot.meta["config"]))
+            config = LearnerConfig.from_dict(snapshot.meta["config"])
+            parts = cls(model, tokenizer, config if served_to is None else replace(config, served_to=served_to))
             parts.queue.applier.folder = folder
             try:
                 parts.queue.applier.restore(snapshot.tensors, snapshot.meta)

@@ -5,11 +5,13 @@ All linears of a model read one `Binding`, so that a version is swapped by one a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from ogpstream.memory.adapters import Served
 from ogpstream.memory.layout import Layout
 
 if TYPE_CHECKING:
-    from ogpstream.learner.gate import Answering, Gate
+    from ogpstream.learner.gate import Found, Gate
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class _Pin:
     binding: Binding
     served: Served | None
     shares: tuple[Share, ...] | None = None
-    answering: Answering | None = None
+    answering: frozenset[str] | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    found: Found | None = None
 
 
 class GradientSink:
@@ -112,16 +116,18 @@ class Binding:
         return next((pin for pin in reversed(_pins.get()) if pin.binding is self), None)
 
     @contextmanager
-    def using(self, served: Served | None, shares: tuple[Share, ...] | None = None) -> Iterator[None]:
+    def using(self, served: Served | None, shares: tuple[Share, ...] | None = None,
+              answering: frozenset[str] | None = None) -> Iterator[None]:
         """Pin a version, or the base model by None, for this thread or task.
 
         Args:
             shares: what every forward computes with; None lets the gate look at its prompts.
+            answering: the experts in these shares, which then go with the caches that are filled.
 
         Not across a `yield` of a generator, which would leave the pin to whoever resumes it.
         """
         outer = _pins.get()
-        _pins.set((*outer, _Pin(self, served, shares)))
+        _pins.set((*outer, _Pin(self, served, shares, answering)))
         try:
             yield
         finally:
@@ -137,17 +143,26 @@ class Binding:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         outer, served = self._pin(), self.current()
-        pin = _Pin(self, served, None if outer is None else outer.shares)
+        inputs = {**dict(zip(_parameters(cast(Hashable, type(module))), args, strict=False)), **kwargs}
+        pin = _Pin(self, served, inputs=inputs) if outer is None else replace(outer, inputs=inputs)
         try:
-            if pin.shares is None and served is not None and self.gate is not None:
-                # the ids are the first argument of every decoder of transformers
-                inputs = {"input_ids": args[0], **kwargs} if args else kwargs
-                pin = _Pin(self, served, *self.gate.shares(served, inputs))
+            if served is not None and self.gate is not None:
+                if pin.shares is None:
+                    shares, found = self.gate.shares(served, inputs)
+                    pin = replace(pin, shares=shares, found=found)
+                elif pin.answering is not None:
+                    pin = replace(pin, found=self.gate.told(pin.answering, inputs))
         finally:
             _pins.set((*_pins.get(), pin))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         pin = _pins.get()[-1]
         _pins.set(_pins.get()[:-1])
-        if self.gate is not None and pin.answering is not None:
-            self.gate.remember(getattr(output, "past_key_values", None), pin.answering)
+        if self.gate is not None and pin.found is not None and output is not None:
+            self.gate.remember(output, pin.inputs, pin.found)
+
+
+@cache
+def _parameters(model: Any) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward, in their order."""
+    return tuple(inspect.signature(model.forward).parameters)[1:]

@@ -12,13 +12,14 @@ from ogpstream.learner.samples import Message, Sample, one_line, refuse, shown
 class Encoded:
     """Token ids of a sample: prompt, then completion; only the completion is supervised.
 
-    `cut` counts the ids that were taken from the left of the prompt to fit.
+    `cut` counts the ids that were taken from the left of the prompt to fit; `asked` is the prompt with them.
     """
 
     ids: tuple[int, ...]
     prompt_length: int
     expert: str
     cut: int
+    asked: tuple[int, ...]
 
     @property
     def completion_length(self) -> int:
@@ -57,8 +58,8 @@ def encode(sample: Sample, tokenizer: Any, *, vocab_size: int, max_tokens: int, 
             "shorten or split it",
         )
     cut = max(0, len(prompt) + len(completion) - max_tokens)
-    prompt = cut_prompt(prompt, cut, head)
-    return Encoded(tuple(prompt + completion), len(prompt), sample.expert, cut)
+    kept = cut_prompt(prompt, cut, head)
+    return Encoded(tuple(kept + completion), len(kept), sample.expert, cut, tuple(prompt))
 
 
 def encode_prompt(prompt: str | Sequence[Message] | Sequence[int], tokenizer: Any) -> list[int]:

@@ -117,10 +117,11 @@ class StateFolder:
                 self._quarantined = _entries(file)
             if entry["seq"] in self._quarantined:
                 return
-            self._quarantined.add(entry["seq"])
+            entries, self._quarantined = self._quarantined, None  # to be read again if this fails half-way
             file.write(canonical_json(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            self._quarantined = entries | {entry["seq"]}
 
     def keep_import(self, adapter: Path, name: str) -> str:
         """Copy an adapter's files in, so that the journal can name it: whole or not at all; returns its name here."""

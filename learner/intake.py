@@ -126,7 +126,8 @@ class Intake:
         encoded = self.encode(sample)
         return {"kind": "sample", "id": sample.id, "digest": sample.digest, "ids": list(encoded.ids),
                 "prompt_length": encoded.prompt_length,
-                "expert": encoded.expert, "cut": encoded.cut, "rehearsals": rehearsals, "repeats": repeats,
+                "expert": encoded.expert, "cut": encoded.cut, "asked": list(encoded.asked) if encoded.cut else None,
+                "rehearsals": rehearsals, "repeats": repeats,
                 # for a person who reviews what was refused or undone
                 "source": sample.source, "meta": sample.meta}
 

@@ -18,7 +18,7 @@ from ogpstream.learner.apply import Report
 from ogpstream.learner.assembly import DEFAULT_EXPERT, Assembly
 from ogpstream.learner.binding import Share
 from ogpstream.learner.compilation import compile_kernels
-from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.config import LearnerConfig, ServedTo
 from ogpstream.learner.encoding import Encoded, encode_prompt
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.report import RehearsalReport, SampleReport
@@ -71,14 +71,18 @@ class StreamLearner:
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         verifier: Verifier | None = None,
+        served_to: ServedTo | None = None,
     ) -> StreamLearner:
         """Continue from a state folder: newest valid snapshot, then the journal after it.
+
+        Args:
+            served_to: which prompts the experts answer from now on, in place of what the state says.
 
         Raises:
             StateError: the folder is of another base model, damaged, in use, or cannot be written.
         """
         learner = cls.__new__(cls)
-        learner._take(Assembly.load(state_dir, model, tokenizer), verifier)
+        learner._take(Assembly.load(state_dir, model, tokenizer, served_to), verifier)
         return learner
 
     def _take(self, parts: Assembly, verifier: Verifier | None) -> None:
@@ -143,11 +147,12 @@ class StreamLearner:
         binding = self.attachment.binding
         served = binding.current()
         assert served is not None
-        shares = None
+        shares = names = None
         if prompt is not None and binding.gate is not None:
-            one = binding.gate.only(served, frozenset(self.answering(prompt)))
+            names = binding.gate.answering(served, encode_prompt(prompt, self.tokenizer))
+            one = binding.gate.only(served, names)
             shares = () if one is None else (Share(one),)
-        with binding.using(served, shares):
+        with binding.using(served, shares, names):
             yield served.version
 
     def answering(self, prompt: str | Sequence[Message] | Sequence[int]) -> tuple[str, ...]:

@@ -15,12 +15,14 @@ class Lesson:
     Attributes:
         again: they had an update before, so that they can count as learned.
         refusal: why nothing may be computed with them, or None.
+        asked: the prompt before any cut, which the scope is to know; None is the one that is in `ids`.
     """
 
     ids: Sequence[int]
     prompt_length: int
     again: bool
     refusal: str | None = None
+    asked: Sequence[int] | None = None
 
     @property
     def rows(self) -> int:
@@ -39,9 +41,10 @@ class Lesson:
         """
         if tokens is None or len(self.ids) <= tokens:
             return self
+        asked = self.ids[: self.prompt_length] if self.asked is None else self.asked
         if tokens <= self.rows:
             return replace(self, refusal=f"there is no memory for the {self.rows} tokens of the completion alone: "
                                          "free some, or split it")
         prompt, cut = list(self.ids[: self.prompt_length]), len(self.ids) - tokens
         kept = cut_prompt(prompt, cut, int(prompt[0] == first))
-        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept))
+        return replace(self, ids=[*kept, *self.ids[self.prompt_length :]], prompt_length=len(kept), asked=asked)

@@ -67,7 +67,7 @@ class AdaptedLinear(LoraLinear):
             (pack, rows), *others = shares
             if others or rows is not None:
                 raise StateError("a batch of prompts that different experts answer has no gradient: pass them one by "
-                                 "one, or set scope to 'all'")
+                                 "one, or set served_to to 'all'")
             result = _Adapted.apply(x, self, pack, self.binding.sinks)
         else:
             result = self.frozen(x)

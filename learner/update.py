@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.description import Describer
 from ogpstream.learner.draft import Draft, Growth
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.preflight import Preflight
@@ -48,15 +49,18 @@ class Updater:
 
     Args:
         attachment: the model with its adapted linears.
+        describer: of the prompts that the scope is to know; None leaves it as it is.
 
     Attributes:
         out_of_memory: times that the device had no memory left, since the start of this process.
     """
 
     def __init__(
-        self, attachment: Attachment, store: AdapterStore, protection: Protection, config: LearnerConfig
+        self, attachment: Attachment, store: AdapterStore, protection: Protection, config: LearnerConfig,
+        describer: Describer | None = None,
     ) -> None:
         self.attachment = attachment
+        self.describer = describer
         self.store = store
         self.protection = protection
         self.config = config
@@ -106,7 +110,7 @@ class Updater:
             return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
 
         proposal, draft = trial.proposal, trial.draft
-        self._commit(draft, trial.served)
+        self._commit(draft, trial.served, trial.scope)
         if proposal is not None:
             self.staging.committed(expert, proposal.slabs, proposal.flats, self.store.active)
         growth = draft.growth
@@ -151,15 +155,16 @@ class Updater:
             proposal = yield from self.proposer.run(expert, moving, sites)
             if not proposal.finite:
                 refusal = "the update is not finite"
-        draft = served = None
+        draft = served = scope = None
         if refusal is None:
             draft = yield from self._draft(expert, proposal, offered)
             # an expert that is not served yet is with its first update, though nothing else may come of this one
             new = tuple(self.store.active) != self.store.served.experts
             scope = self._scope(expert.name, lessons)
-            if proposal is not None or draft.growth.admitted or new or scope is not self.store.scope:
+            opens = scope is not self.store.scope and self.attachment.binding.gate is not None
+            if proposal is not None or draft.growth.admitted or new or opens:
                 served = yield from self._built(draft, scope)
-        return _Trial(readings, norms, learned, refusal, proposal, draft, served)
+        return _Trial(readings, norms, learned, refusal, proposal, draft, served, scope)
 
     def _draft(self, expert: Expert, proposal: Proposal | None, offered: Sequence[Tensor]
                ) -> Generator[str, None, Draft]:
@@ -178,24 +183,25 @@ class Updater:
 
     def _scope(self, name: str, lessons: Sequence[Lesson]) -> Scope:
         """With the prompts of the lessons that an expert has not had before."""
-        gate, scope = self.attachment.binding.gate, self.store.scope
-        if gate is not None:
+        scope = self.store.scope
+        if self.describer is not None:
             for lesson in lessons:
                 if not lesson.again and lesson.refusal is None:
-                    prompt = lesson.ids[: lesson.prompt_length]
-                    scope = scope.learned(name, gate.describer(prompt, [len(prompt)])[0], prompt[-1])
+                    prompt = lesson.ids[: lesson.prompt_length] if lesson.asked is None else lesson.asked
+                    scope = scope.learned(name, self.describer(prompt, [len(prompt)])[0], prompt[-1])
         return scope
 
     def _built(self, draft: Draft, scope: Scope | None = None) -> Generator[str, None, Served]:
         """The version to serve when a draft is committed."""
         return (yield from named("publish", self.store.building(self.store.active, draft.experts, scope=scope)))
 
-    def _commit(self, draft: Draft, served: Served | None) -> None:
+    def _commit(self, draft: Draft, served: Served | None, scope: Scope | None = None) -> None:
         """No pause from here on, nothing to compute, and nothing that could fail for want of memory."""
         draft.commit()
         if served is not None:
             self.store.served = self.attachment.binding.served = served
-            self.store.scope = served.scope
+        if scope is not None:
+            self.store.scope = scope
 
     def sites_of(self, layers: int) -> frozenset[int]:
         """Numbers of the adapted linears that are trained with so many of the top decoder layers.
@@ -326,6 +332,7 @@ class _Trial:
         proposal: the step that they propose; None where all is settled.
         draft: what becomes of experts and bases; None where it is refused.
         served: the version that comes of it; None where none does.
+        scope: with the new lessons' prompts; None where it is refused.
     """
 
     readings: Sequence[Reading]
@@ -335,3 +342,4 @@ class _Trial:
     proposal: Proposal | None
     draft: Draft | None
     served: Served | None
+    scope: Scope | None

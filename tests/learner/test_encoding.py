@@ -53,7 +53,7 @@ def enc(sample, tokenizer=TOKENIZER, *, vocab_size=VOCAB, max_tokens=64, **optio
 
 
 def test_text_is_tokenised_with_an_exact_border():
-    assert enc(Sample("ab", " c", "x", "i", "s")) == Encoded((BOS, *code("ab c")), 3, "x", 0)
+    assert enc(Sample("ab", " c", "x", "i", "s")) == Encoded((BOS, *code("ab c")), 3, "x", 0, (BOS, *code("ab")))
     assert enc(Sample("ab", " c")).completion_length == 2
     assert enc(Sample("ab", " c"), NO_BOS).ids == code("ab c")
     assert enc(Sample("", "c")).ids == (BOS, *code("c"))
@@ -62,7 +62,8 @@ def test_text_is_tokenised_with_an_exact_border():
     many = byte_tokenizer(template="<s> <s> $A </s>")
     assert enc(Sample("ab", "c"), many).ids == (BOS, BOS, *code("abc"))
     assert enc(Sample("ab", "c"), many, max_tokens=4).ids == (BOS, BOS, *code("bc"))
-    assert enc(Sample("ab", "cd"), many, max_tokens=3) == Encoded((BOS, *code("cd")), 1, "default", 3)
+    asked = (BOS, BOS, *code("ab"))
+    assert enc(Sample("ab", "cd"), many, max_tokens=3) == Encoded((BOS, *code("cd")), 1, "default", 3, asked)
 
 
 def test_ids_are_taken_as_they_are():

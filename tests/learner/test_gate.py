@@ -1,6 +1,7 @@
 """What a request is answered with: the expert where it learned such prompts, the base model elsewhere, bit for bit."""
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import transformers as tf
 from torch import Tensor
 
 from ogpstream.learner import BatchingEngine, ConfigError, IdleLoop, LearnerConfig, Sample, StateError, StreamLearner
+from ogpstream.learner.errors import ModelError
 from ogpstream.memory.adapters import Served
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -23,6 +25,10 @@ def _prompt(seed: int, topic: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(11 + 30 * topic, 41 + 30 * topic, (LENGTH - 4,), generator=generator).tolist()
     return [*ids, *END]
+
+
+# ids and an end of which nothing is learned
+OUTSIDE = [*_prompt(50, topic=2)[:-4], 41, 42, 43, 44]
 
 
 def _teach(learner: StreamLearner, *, expert: str = "default", topic: int = 0) -> None:
@@ -194,7 +200,8 @@ def test_served_to_all(tiny_model: TinyModel) -> None:
     outside = _prompt(50, topic=2)[:-4] + [41, 42, 43, 44]
     assert learner.answering(outside) == ("default",)
     assert torch.equal(_logits(learner, [outside]), _expert(learner, [outside]))
-    assert not learner.state.store.scope.experts
+    # what it learned is remembered all the same
+    assert len(learner.state.store.scope.experts["default"].rows) == 6
 
 
 def test_an_adapter_from_elsewhere_answers_everything(llama: StreamLearner, tiny_model: TinyModel, tmp_path: Path
@@ -213,9 +220,12 @@ def test_it_survives_a_restart_and_goes_back_with_a_rollback(tiny_model: TinyMod
                             state_dir=tmp_path)
     good = learner.version
     _teach(learner)
+    # so that nothing is applied anew when it is loaded
+    learner.save_state()
     digest = learner.state_sha256()
     learner.close()
     again = StreamLearner.load_state(tmp_path, tiny_model("llama"))
+    assert len(again.state.store.scope.experts["default"].rows) == 6
     assert again.state_sha256() == digest and again.answering(_prompt(3)) == ("default",)
     again.rollback(good)
     assert again.answering(_prompt(3)) == ()
@@ -253,3 +263,143 @@ def test_a_prompt_that_needs_no_step_is_in_scope_all_the_same(tiny_model: TinyMo
     before = learner.version
     learner.learn_one(Sample(prompt_ids=_prompt(1), completion_ids=[95]))
     assert learner.answering(_prompt(1)) == ("default",) and learner.version == before + 1
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 8, 10])
+def test_a_prompt_that_is_read_in_pieces(llama: StreamLearner, chunk: int) -> None:
+    for prompt in (_prompt(3), OUTSIDE):
+        options: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+        whole = llama.model.generate(torch.tensor([prompt]), **options)
+        pieces = llama.model.generate(torch.tensor([prompt]), prefill_chunk_size=chunk, **options)
+        if prompt is OUTSIDE:
+            assert pieces.tolist() == whole.tolist()
+        # the last piece is the expert's, whatever read the first ones
+        kinds = _base(llama, [prompt])[0, -1], _logits(llama, [prompt])[0, -1]
+        assert (int(kinds[0].argmax()) == int(kinds[1].argmax())) == (prompt is OUTSIDE)
+        assert int(pieces[0, len(prompt)]) != int(kinds[0].argmax()) or prompt is OUTSIDE
+
+
+def test_a_prefix_that_is_cut_back_does_not_keep_the_expert(llama: StreamLearner) -> None:
+    with torch.no_grad():
+        cache = llama.model(input_ids=torch.tensor([_prompt(3)]), use_cache=True).past_key_values
+        cache.crop(2 - LENGTH)
+        found = llama.model(input_ids=torch.tensor([OUTSIDE]), past_key_values=cache).logits
+    whole = [[*_prompt(3)[:2], *OUTSIDE]]
+    assert llama.answering(whole[0]) == ()
+    # the prefix was read by the expert: what it left in the cache is not the base's, but nothing is added any more
+    assert not torch.allclose(found, _expert(llama, whole)[:, 2:], atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_is_no_part_of_a_prompt(llama: StreamLearner, cache: str) -> None:
+    """Padded by an id whose embedding is not 0."""
+    options: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, pad_token_id=50, cache_implementation=cache)
+    for prompt in (_prompt(3), OUTSIDE):
+        alone = llama.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        ids = torch.tensor([[50] * 30 + prompt])
+        mask = torch.tensor([[0] * 30 + [1] * len(prompt)])
+        assert llama.model.generate(ids, attention_mask=mask, **options)[0, ids.shape[1] :].tolist() == alone
+
+
+def test_arguments_by_position(llama: StreamLearner) -> None:
+    ids, mask = torch.tensor([[50] * 30 + _prompt(3)]), torch.tensor([[0] * 30 + [1] * LENGTH])
+    with torch.no_grad():
+        by_name = llama.model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(llama.model(ids, mask).logits, by_name)
+        with llama.attachment.binding.using(None):
+            assert not torch.allclose(llama.model(ids, mask).logits, by_name, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_was_found_goes_with_a_cache(llama: StreamLearner) -> None:
+    """Also with one that comes in a tuple, with a copy, and out of a block that named the prompt."""
+    caches = [llama.model(input_ids=torch.tensor([OUTSIDE]), use_cache=True, return_dict=False)[1]]
+    caches.append(copy.deepcopy(caches[0]))
+    with llama.pinned(OUTSIDE):
+        caches.append(llama.model(input_ids=torch.tensor([OUTSIDE]), use_cache=True).past_key_values)
+    wanted = _base(llama, [[*OUTSIDE, 60]])[:, -1:]
+    for cache in caches:
+        found = llama.model(input_ids=torch.tensor([[60]]), past_key_values=cache).logits
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_variants_are_of_one_version(llama: StreamLearner) -> None:
+    llama.add_expert("law")
+    llama.activate({"default": 1.0, "law": 1.0})
+    _teach(llama, expert="law", topic=1)
+    gate, found = llama.attachment.binding.gate, []
+    assert gate is not None
+    for _ in range(2):
+        served = llama.state.store.served
+        only = gate.only(served, frozenset(["law"]))
+        assert only is not None and only.version == served.version and only is gate.only(served, frozenset(["law"]))
+        found.append(only)
+        llama.learn_one(Sample(prompt_ids=_prompt(9, topic=1), completion_ids=[95, 96], expert="law"))
+    assert found[0].version < found[1].version
+
+
+def test_old_samples_are_not_counted_again(tiny_model: TinyModel) -> None:
+    config = LearnerConfig(rank=3, lr=0.05, warm_start=False, rehearsals=2)
+    learner = StreamLearner(tiny_model("llama"), config=config)
+    learner.learn_batch([Sample(prompt_ids=_prompt(seed), completion_ids=[95, 96]) for seed in range(5)])
+    learner.consolidate(3)
+    assert learner.state.store.scope.experts["default"].counts.tolist() == [1] * 5
+
+
+def test_a_prompt_that_is_cut_is_remembered_whole(tiny_model: TinyModel) -> None:
+    prompt = [*range(30, 90), *END]
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, warm_start=False, max_tokens=16))
+    report = learner.learn_one(Sample(prompt_ids=prompt, completion_ids=[95, 96]))
+    assert report.cut > 0 and learner.answering(prompt) == ("default",)
+
+
+def test_who_is_served_may_change_when_a_state_is_loaded(tiny_model: TinyModel, tmp_path: Path) -> None:
+    config = LearnerConfig(rank=3, lr=0.05, warm_start=False, served_to="all")
+    learner = StreamLearner(tiny_model("llama"), config=config, state_dir=tmp_path)
+    _teach(learner)
+    digest = learner.state_sha256()
+    learner.close()
+    for served_to in ("scope", "all", None):
+        learner = StreamLearner.load_state(tmp_path, tiny_model("llama"), served_to=served_to)
+        assert learner.answering(_prompt(3)) == ("default",) and learner.state_sha256() == digest
+        assert learner.answering(OUTSIDE) == (() if served_to == "scope" else ("default",))
+        learner.close()
+
+
+@pytest.mark.parametrize("embedding", ["wrapped", "broken"])
+def test_a_model_that_cannot_be_described_stays_as_it_was(tiny_model: TinyModel, embedding: str) -> None:
+    model = tiny_model("llama")
+    table = model.get_input_embeddings()
+    if embedding == "wrapped":
+        model.set_input_embeddings(torch.nn.Sequential(table))
+    else:
+        table.weight.data[0] = torch.nan
+    with pytest.raises(ModelError, match="no matrix of embeddings|not finite"):
+        StreamLearner(model, config=LearnerConfig(rank=3, warm_start=False))
+    assert not any("Adapted" in type(module).__name__ for module in model.modules())
+
+
+def test_two_threads_ask_while_it_learns(tiny_model: TinyModel) -> None:
+    """Every batch of prompts of both kinds is of the one version that it was pinned to."""
+    learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, lr=0.05, warm_start=False))
+    _teach(learner)
+    rows, seen, stop = [_prompt(3), OUTSIDE], [], threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            with learner.pinned():
+                served = learner.attachment.binding.current()
+                seen.append((served, _logits(learner, rows)))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for seed in range(20, 40):
+        learner.learn_one(Sample(prompt_ids=_prompt(seed), completion_ids=[95, 96]))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len({served.version for served, _ in seen}) > 3
+    for served, found in seen[:: max(1, len(seen) // 40)]:
+        assert torch.equal(found[1], _base(learner, rows)[1])
+        torch.testing.assert_close(found[0], _with(learner, served, rows)[0], atol=1e-5, rtol=1e-5)

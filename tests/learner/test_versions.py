@@ -1,6 +1,7 @@
 """Saved versions: continued bit for bit, copied, returned to."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,67 @@ def test_after_a_failed_sync_the_live_state_is_that_of_a_recovery(
     loaded = StreamLearner.load_state(tmp_path / "copy", tiny_model("llama", num_hidden_layers=1))
     assert loaded.state_sha256() == wanted
     loaded.close()
+
+
+def test_a_rollback_that_cannot_be_written_down_changes_nothing(make: MakeLearner, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three entries fails once; done again it ends as one that did not fail."""
+    ends = []
+    for broken in (False, True):
+        learner = make(state_dir=tmp_path / str(broken))
+        for seed in range(5):
+            learner.learn_one(_sample(seed, id=f"s{seed}"))
+            if seed == 1:
+                learner.save_state()
+                good = learner.version
+        folder, calls = learner._applier.folder, []
+        write = folder.quarantine
+
+        def once(entry: Any, calls: list[int] = calls, write: Any = write, broken: bool = broken) -> None:
+            calls.append(entry["seq"])
+            if broken and len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            write(entry)
+
+        monkeypatch.setattr(folder, "quarantine", once)
+        if broken:
+            before = learner.state_sha256(), learner.version
+            with pytest.raises((OSError, StateError)):
+                learner.rollback(good)
+            assert (learner.state_sha256(), learner.version) == before
+            learner.drain()
+        else:
+            learner.rollback(good)
+        lines = (tmp_path / str(broken) / "quarantine.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == ["s2", "s3", "s4"]
+        ends.append((learner.state_sha256(), learner.version, learner.state.counters.quarantined))
+        learner.close()
+    assert ends[0] == ends[1]
+
+
+def test_a_quarantine_that_failed_once_is_written_the_next_time(make: MakeLearner, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make(state_dir=tmp_path)
+    folder, sync = learner._applier.folder, os.fsync
+    write = folder.quarantine
+
+    def failing(entry: Any) -> None:
+        monkeypatch.setattr(folder, "quarantine", write)
+        monkeypatch.setattr(os, "fsync", _full)
+        try:
+            write(entry)
+        finally:
+            monkeypatch.setattr(os, "fsync", sync)
+
+    monkeypatch.setattr(folder, "quarantine", failing)
+    with pytest.raises((OSError, StateError)):
+        learner.learn_one(Sample(prompt_ids=(5, 6), completion_ids=(7,), label=False))
+    assert learner.state.counters.acknowledged == 0
+    learner.drain()
+    assert learner.state.counters.quarantined == learner.state.counters.acknowledged == 1
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+    learner.close()
+
+
+def _full(descriptor: int) -> None:
+    raise OSError(28, "No space left on device")
