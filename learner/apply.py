@@ -31,7 +31,7 @@ from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import NoRoom, Updater
-from ogpstream.memory.replay import Slot
+from ogpstream.memory.replay import ReplayRing, Slot
 
 Record = dict[str, Any]
 Report = SampleReport | RehearsalReport | None
@@ -102,7 +102,10 @@ class Applier:
         loss = updates[0].losses[0] if updates else None
         new = Lesson(record["ids"], record["prompt_length"], again=False, asked=record.get("asked"))
         if self.state.position.done == 0:
-            slots = self.recall.companions(record["rehearsals"], record["expert"])
+            contradicted = {place.get(slot).uid for place in self._rings for slot in self._contradicting(place, record)}
+            # what this sample corrects is not learned beside it
+            slots = [slot for slot in self.recall.companions(record["rehearsals"], record["expert"])
+                     if slot.uid not in contradicted]
             update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
             new = self._limited(new, record, 0)
@@ -125,7 +128,9 @@ class Applier:
                 self.state.seen.add(record["id"])
             self.recall.note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
-            for place in (ring, self.state.waiting):
+            for place in self._rings:
+                for older in self._contradicting(place, record):
+                    place.evict(older)
                 slot = place.add(new.ids, new.prompt_length, expert=record["expert"], uid=counters.acknowledged)
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
@@ -143,6 +148,15 @@ class Applier:
         trained = self._paced(self._limited(new, record, 0), record, 0)
         report = self._report(record, trained, "learned", started, loss, updates, None)
         return replace(report, updates=count, sticks=sticks)
+
+    @property
+    def _rings(self) -> tuple[ReplayRing, ReplayRing]:
+        return self.state.ring, self.state.waiting
+
+    @staticmethod
+    def _contradicting(place: ReplayRing, record: Record) -> list[int]:
+        """Slots with the prompt of a record's sample and another answer."""
+        return place.contradicting(record["ids"], record["prompt_length"], expert=record["expert"])
 
     def _repeat(self, record: Record, updates: list[Update]) -> Generator[str, None, None]:
         """Update a new sample again until it counts as learned, at most `repeats` times."""

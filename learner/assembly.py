@@ -137,6 +137,7 @@ class Assembly:
 
     def close(self) -> None:
         """Release the state folder and take the adapters out of the model."""
+        self.queue.close()
         self.queue.applier.folder.close()
         self.attachment.detach()
 

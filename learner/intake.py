@@ -50,8 +50,11 @@ class Intake:
         assert number is not None
         return number
 
-    def accept_alone(self, sample: Sample) -> SampleReport | None:
+    def accept_alone(self, sample: Sample, repeats: int = 0) -> SampleReport | None:
         """Acknowledge a sample that has one update and no rehearsal; one of its id that is pending stands for it.
+
+        Args:
+            repeats: further updates, until it counts as learned.
 
         Returns:
             None; or what to tell of one that there is nothing left to do for.
@@ -62,7 +65,7 @@ class Intake:
         """
         known = self._known(sample)
         if known is None and not self._waits(sample):
-            self._queue.acknowledge([self._record(sample, rehearsals=0, repeats=0)])
+            self._queue.acknowledge([self._record(sample, rehearsals=0, repeats=repeats)])
         return known
 
     def accept_batch(self, samples: Iterable[Sample | Refused], *, refuse: bool) -> list[Record | SampleReport]:

@@ -228,7 +228,10 @@ class StreamLearner:
         The sample is acknowledged before the first unit. Closing the generator aborts the unit's update; the sample
         stays pending and is learned by the next call of any learning method.
         """
-        known = self._intake.accept_alone(sample)
+        return (yield from self._step(sample))
+
+    def _step(self, sample: Sample, repeats: int = 0) -> Generator[str, None, SampleReport]:
+        known = self._intake.accept_alone(sample, repeats)
         if known is not None:
             self.queue.last_report = known
             return known
@@ -294,8 +297,12 @@ class StreamLearner:
         return reports
 
     def correct(self, prompt: str, completion: str, *, expert: str = DEFAULT_EXPERT) -> SampleReport:
-        """Trigger 1: a user says what the answer should have been."""
-        return self.learn_one(Sample(prompt=prompt, completion=completion, expert=expert, source="user"))
+        """Trigger 1: a user says what the answer should have been; updated again until it is learned, by `repeats`.
+
+        A sample that was learned before with the same prompt and another completion is not replayed any more.
+        """
+        sample = Sample(prompt=prompt, completion=completion, expert=expert, source="user")
+        return exhausted(self._step(sample, self.config.repeats))
 
     def observe(self, steps: int = 1, *, prompt: str | None = None, answer: str | None = None) -> SampleReport | None:
         """Tell of served requests: triggers 2 and 3.

@@ -43,6 +43,7 @@ class RecordQueue:
         self.on_applied: Callable[[int, Report], None] | None = None
         self.last_report: SampleReport | None = None
         self._records: deque[Record] = deque()
+        self._closed = False
 
     def __len__(self) -> int:
         """Records that are not, or not wholly, applied."""
@@ -62,6 +63,15 @@ class RecordQueue:
         if self.reserved_for not in (None, threading.get_ident()):
             raise StateError("an IdleLoop drives this learner: use its submit and call, or close it first")
 
+    def close(self) -> None:
+        """Nothing is taken or applied any more."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        self.check_reserved()
+        if self._closed:
+            raise StateError("the learner is closed: load its state again, or make a new one")
+
     def acknowledge(self, records: Sequence[Record]) -> int | None:
         """Journal records and queue them; safe on disk when this returns.
 
@@ -71,7 +81,7 @@ class RecordQueue:
         Raises:
             StateError: the learner is reserved, or the journal cannot be written.
         """
-        self.check_reserved()
+        self._check_open()
         folder, number = self.applier.folder, None
         for record in records:
             number = folder.append(record)
@@ -101,7 +111,7 @@ class RecordQueue:
 
         Closing the generator aborts the unit's update; the record stays pending. An error of a unit does the same.
         """
-        self.check_reserved()
+        self._check_open()
         applier = self.applier
         # what a failed sync has left is on the disk before it acts
         applier.folder.sync()

@@ -184,6 +184,18 @@ class ReplayRing:
             flags=SlotFlag(row["flags"]),
         )
 
+    def contradicting(self, ids: Sequence[int], prompt_length: int, *, expert: str) -> list[int]:
+        """Slots of an expert's samples that give another completion to the same prompt, in one look at all of them."""
+        if expert not in self._experts:
+            return []
+        tokens, columns = np.asarray(ids), self._columns
+        same = np.array(list(self._order), dtype=np.int64)
+        same = same[(columns["prompt_length"][same] == prompt_length)
+                    & (columns["expert"][same] == self._experts.index(expert))
+                    & (columns["completion"][same] != _hash(tokens[prompt_length:]))]
+        same = same[(self._ids[same, :prompt_length] == tokens[:prompt_length]).all(1)]
+        return sorted(same.tolist())
+
     def find(self, uid: int) -> int | None:
         """Slot of the sample with this number, None if it is not in the ring."""
         return self._by_uid.get(uid)

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, SampleReport, StreamLearner, update
+from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, update
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.step import Reading
 from ogpstream.memory.replay import SlotFlag
@@ -410,3 +410,49 @@ def test_what_is_refused_is_written_in_a_unit_of_its_own(make: MakeLearner, monk
     assert isinstance(report, SampleReport) and report.status == "rejected" and report.reason == "not today"
     # the folder keeps a record once
     assert learner.state.counters.rejected == 1 and len({seq for _, seq in written}) == 1
+
+
+def test_a_correction_of_a_correction_takes_its_place(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older answer is neither learned beside the newer one nor rehearsed later."""
+    learner = make(rehearsals=2, learned_below=0.1)
+    prompt, beside = (5, 6, 7), []
+    run = update.Updater.run
+
+    def watch(self: Any, name: str, lessons: Any, layers: Any = None) -> Any:
+        beside.append([tuple(lesson.ids) for lesson in lessons])
+        return run(self, name, lessons, layers)
+
+    monkeypatch.setattr(update.Updater, "run", watch)
+    old, new = (*prompt, 20, 21), (*prompt, 30)
+    for ids in (old, (8, 9, 10, 40), new):
+        learner.learn_batch([Sample(prompt_ids=ids[:3], completion_ids=ids[3:])])
+    assert beside[1] and old in beside[1] and old not in beside[2]
+    learner.learn_batch([Sample(prompt_ids=(11, 12), completion_ids=(50,))])
+    learner.consolidate(6)
+    assert not any(old in lessons for lessons in beside[2:])
+    rings = learner.state.ring, learner.state.waiting
+    kept = [tuple(ring.get(slot).ids.tolist()) for ring in rings for slot in ring.slots]
+    assert old not in kept and new in kept
+
+
+def test_the_same_answer_to_another_expert_or_again_contradicts_nothing(make: MakeLearner) -> None:
+    learner = make()
+    learner.add_expert("law")
+    for expert, completion in (("default", (20,)), ("law", (30,)), ("default", (20,))):
+        learner.learn_one(Sample(prompt_ids=(5, 6), completion_ids=completion, expert=expert))
+    assert len(learner.state.ring) == 3
+
+
+def test_correct_repeats_and_learn_one_does_not(make: MakeLearner, tiny_tokenizer: Any) -> None:
+    learner = make(repeats=3, learned_below=1e-6)
+    learner._intake.tokenizer = tiny_tokenizer
+    assert learner.correct("ab", "cd").updates == 4
+    assert learner.learn_one(_sample(1)).updates == 1
+
+
+def test_a_closed_learner_says_so(make: MakeLearner) -> None:
+    learner = make()
+    learner.close()
+    for work in (lambda: learner.learn_one(_sample(1)), lambda: learner.learn_batch([_sample(1)])):
+        with pytest.raises(StateError, match="the learner is closed"):
+            work()

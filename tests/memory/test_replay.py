@@ -372,3 +372,16 @@ def test_a_state_that_does_not_fit_changes_nothing(damage: str) -> None:
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(*wrong.values())):
         ReplayRing(**{"vocab_size": 100, **wrong})
+
+
+def test_contradicting_samples_are_those_of_another_answer_to_the_same_prompt() -> None:
+    ring = ReplayRing(8, 6, vocab_size=100)
+    rows = [([1, 2, 3], 2, "a"), ([1, 2, 4], 2, "a"), ([1, 2, 4], 2, "b"), ([1, 2, 4], 1, "a"), ([1, 5, 4], 2, "a"),
+            ([1, 2, 4, 5], 2, "a")]
+    slots = [ring.add(ids, length, expert=expert, uid=uid) for uid, (ids, length, expert) in enumerate(rows)]
+    assert ring.contradicting([1, 2, 3], 2, expert="a") == sorted([slots[1], slots[5]])
+    assert ring.contradicting([1, 2, 3], 2, expert="b") == [slots[2]]
+    assert ring.contradicting([1, 2, 3], 2, expert="c") == ring.contradicting([9, 9, 3], 2, expert="a") == []
+    ring.evict(slots[1])
+    assert ring.contradicting([1, 2, 3], 2, expert="a") == [slots[5]]
+    assert ReplayRing(4, 6, vocab_size=100).contradicting([1, 2], 1, expert="a") == []
