@@ -212,9 +212,11 @@ def test_killed_after_the_record_of_a_cut_and_before_the_update(tiny_model: Tiny
 def test_a_lesson_is_cut_behind_its_first_id_where_that_is_the_bos() -> None:
     lesson = Lesson((1, 5, 6, 7, 8, 9), 4, again=True)
     assert lesson.within(None, 1) is lesson.within(6, 1) is lesson
-    assert lesson.within(4, 1) == Lesson([1, 7, 8, 9], 2, again=True)
-    assert lesson.within(4, 0) == Lesson([6, 7, 8, 9], 2, again=True)
-    assert lesson.within(3, 1) == Lesson([1, 8, 9], 1, again=True)
+    # what was asked stays known whole
+    asked = (1, 5, 6, 7)
+    assert lesson.within(4, 1) == Lesson([1, 7, 8, 9], 2, again=True, asked=asked)
+    assert lesson.within(4, 0) == Lesson([6, 7, 8, 9], 2, again=True, asked=asked)
+    assert lesson.within(3, 1) == lesson.within(4, 1).within(3, 1) == Lesson([1, 8, 9], 1, again=True, asked=asked)
     refused = lesson.within(2, 1)
     assert refused.refusal is not None and "2 tokens of the completion" in refused.refusal
 
