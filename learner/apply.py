@@ -102,7 +102,7 @@ class Applier:
         loss = updates[0].losses[0] if updates else None
         new = Lesson(record["ids"], record["prompt_length"], again=False, asked=record.get("asked"))
         if self.state.position.done == 0:
-            contradicted = {place.get(slot).uid for place in self._rings for slot in self._contradicting(place, record)}
+            contradicted = self._contradicted(record)
             # what this sample corrects is not learned beside it
             slots = [slot for slot in self.recall.companions(record["rehearsals"], record["expert"])
                      if slot.uid not in contradicted]
@@ -129,8 +129,9 @@ class Applier:
             self.recall.note(slots, update, first=1)
             # not the journal's number: a copy of the state starts its journal anew
             for place in self._rings:
-                for older in self._contradicting(place, record):
-                    place.evict(older)
+                for older in contradicted:
+                    if (held := place.find(older)) is not None:
+                        place.evict(held)
                 slot = place.add(new.ids, new.prompt_length, expert=record["expert"], uid=counters.acknowledged)
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
@@ -153,10 +154,11 @@ class Applier:
     def _rings(self) -> tuple[ReplayRing, ReplayRing]:
         return self.state.ring, self.state.waiting
 
-    @staticmethod
-    def _contradicting(place: ReplayRing, record: Record) -> list[int]:
-        """Slots with the prompt of a record's sample and another answer."""
-        return place.contradicting(record["ids"], record["prompt_length"], expert=record["expert"])
+    def _contradicted(self, record: Record) -> list[int]:
+        """Numbers of the samples with the prompt of a record's sample and another answer."""
+        ids, length, expert = record["ids"], record["prompt_length"], record["expert"]
+        return sorted({place.get(slot).uid for place in self._rings
+                       for slot in place.contradicting(ids, length, expert=expert)})
 
     def _repeat(self, record: Record, updates: list[Update]) -> Generator[str, None, None]:
         """Update a new sample again until it counts as learned, at most `repeats` times."""

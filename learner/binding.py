@@ -116,18 +116,18 @@ class Binding:
         return next((pin for pin in reversed(_pins.get()) if pin.binding is self), None)
 
     @contextmanager
-    def using(self, served: Served | None, shares: tuple[Share, ...] | None = None,
-              answering: frozenset[str] | None = None) -> Iterator[None]:
+    def using(self, served: Served | None, answering: frozenset[str] | None = None) -> Iterator[None]:
         """Pin a version, or the base model by None, for this thread or task.
 
         Args:
-            shares: what every forward computes with; None lets the gate look at its prompts.
-            answering: the experts in these shares, which then go with the caches that are filled.
+            answering: the experts that answer every prompt; None lets the gate look at each. Without a gate all do.
 
         Not across a `yield` of a generator, which would leave the pin to whoever resumes it.
         """
-        outer = _pins.get()
-        _pins.set((*outer, _Pin(self, served, shares, answering)))
+        outer, pin = _pins.get(), _Pin(self, served)
+        if answering is not None and served is not None and self.gate is not None:
+            pin = replace(pin, shares=self.gate.of(served, answering), answering=answering)
+        _pins.set((*outer, pin))
         try:
             yield
         finally:

@@ -120,6 +120,11 @@ class Gate:
             self._variants = variants = served, {}
         return variants[1].setdefault(answering, served.only(answering))
 
+    def of(self, served: Served, answering: frozenset[str]) -> tuple[Share, ...]:
+        """What all rows are computed with where these experts answer each."""
+        one = self.only(served, answering)
+        return () if one is None else (Share(one),)
+
     def _goes_on(self, served: Served, before: Found, ids: Tensor, length: int) -> Found:
         """Of ids behind a cache: its rows' kind, and that of what came since."""
         new = ids.shape[1]
@@ -141,8 +146,7 @@ class Gate:
     def _shares(self, served: Served, answering: Sequence[frozenset[str]], device: torch.device) -> tuple[Share, ...]:
         kinds = sorted(set(answering), key=sorted)
         if len(kinds) == 1:
-            one = self.only(served, kinds[0])
-            return () if one is None else (Share(one),)
+            return self.of(served, kinds[0])
         if not self.batches:
             raise StateError("prompts of one batch are answered by different experts, and this model mixes its rows: "
                              "pass them one by one, or set served_to to 'all'")

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpstream.learner.apply import Report
 from ogpstream.learner.assembly import DEFAULT_EXPERT, Assembly
-from ogpstream.learner.binding import Share
 from ogpstream.learner.compilation import compile_kernels
 from ogpstream.learner.config import LearnerConfig, ServedTo
 from ogpstream.learner.encoding import Encoded, encode_prompt
@@ -147,12 +146,10 @@ class StreamLearner:
         binding = self.attachment.binding
         served = binding.current()
         assert served is not None
-        shares = names = None
+        names = None
         if prompt is not None and binding.gate is not None:
             names = binding.gate.answering(served, encode_prompt(prompt, self.tokenizer))
-            one = binding.gate.only(served, names)
-            shares = () if one is None else (Share(one),)
-        with binding.using(served, shares, names):
+        with binding.using(served, names):
             yield served.version
 
     def answering(self, prompt: str | Sequence[Message] | Sequence[int]) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ogpstream.kernels import dispatch
-from ogpstream.learner.binding import Share
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.sites import Attachment
 
@@ -55,8 +54,7 @@ class RetentionProbe:
         """
         binding = self.attachment.binding
         served = binding.current()
-        shares = (Share(served),) if everywhere and served is not None else None
-        with binding.using(served, shares):
+        with binding.using(served, frozenset(served.experts) if everywhere and served is not None else None):
             now = text_losses(self.attachment.model, self.texts)
         total = self._tokens.sum()
         return Retention(

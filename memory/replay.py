@@ -189,12 +189,12 @@ class ReplayRing:
         if expert not in self._experts:
             return []
         tokens, columns = np.asarray(ids), self._columns
-        same = np.array(list(self._order), dtype=np.int64)
-        same = same[(columns["prompt_length"][same] == prompt_length)
-                    & (columns["expert"][same] == self._experts.index(expert))
-                    & (columns["completion"][same] != _hash(tokens[prompt_length:]))]
-        same = same[(self._ids[same, :prompt_length] == tokens[:prompt_length]).all(1)]
-        return sorted(same.tolist())
+        # 0 is the completion of a free slot
+        others = (columns["completion"] != 0) & (columns["completion"] != _hash(tokens[prompt_length:]))
+        alike = (columns["prompt_length"] == prompt_length) & (columns["expert"] == self._experts.index(expert))
+        slots = np.flatnonzero(others & alike)
+        found: list[int] = slots[(self._ids[slots, :prompt_length] == tokens[:prompt_length]).all(1)].tolist()
+        return found
 
     def find(self, uid: int) -> int | None:
         """Slot of the sample with this number, None if it is not in the ring."""

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
 from ogpstream.profiling.bench_report import assigned, fail, prepare, table
-from ogpstream.profiling.methods import METHODS, method_config
+from ogpstream.profiling.methods import METHODS, method_config, named_methods
 from ogpstream.profiling.row_store import RowStore
 
 SHOWN = ("stickiness", "stickiness_end", "stickiness_aged", "paraphrase", "neighbours", "strangers", "amended",
@@ -44,11 +44,9 @@ def bench_corrections(
     from ogpstream.profiling.demo_progress import DemoProgress
     from ogpstream.profiling.forgetting_report import write_csv
 
-    unknown = sorted(set(methods.split(",")) - set(METHODS))
-    if unknown:
-        fail(f"unknown method {', '.join(unknown)}: use {', '.join(METHODS)}", 2)
-    prepare(out)
     try:
+        chosen = named_methods(methods)
+        prepare(out)
         rates = assigned(lr or [], "--lr")
         settings = {"ring_samples": ring, "repeats": 8, **assigned(set_ or [], "--set")}
         if "lr" in settings or not rates.keys() <= set(METHODS):
@@ -56,7 +54,7 @@ def bench_corrections(
         plan = [
             Job(method, model, LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), rates.get(method), facts,
                 min(amends, facts), neighbours, idle, threads)
-            for seed in range(seeds) for method in METHODS if method in methods.split(",")
+            for seed in range(seeds) for method in chosen
         ]
         for job in plan:
             method_config(job.method, LearnerConfig.from_dict(job.config), lr=job.lr)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
 from ogpstream.profiling.bench_report import assigned, fail, prepare
-from ogpstream.profiling.methods import METHODS, method_config, untuned
+from ogpstream.profiling.methods import METHODS, method_config, named_methods, untuned
 from ogpstream.profiling.row_store import RowStore
 
 if TYPE_CHECKING:
@@ -61,11 +61,9 @@ def bench_forgetting(
     from ogpstream.profiling.forgetting_run import compute
     from ogpstream.profiling.rates import Rate, candidates, read_rates, write_rates
 
-    unknown = sorted(set(methods.split(",")) - set(METHODS))
-    if unknown:
-        fail(f"unknown method {', '.join(unknown)}: use {', '.join(METHODS)}", 2)
-    prepare(out)
     try:
+        chosen = named_methods(methods)
+        prepare(out)
         known = read_rates(rates) if rates else {}
         for name, rate in assigned(lr or [], "--lr").items():
             if name not in METHODS:
@@ -82,8 +80,7 @@ def bench_forgetting(
                 LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), idle=idle, limit=limit, tune=tune,
                 every=every, texts=[text for text in lines if len(text) > TEXT_CHARS][:TEXTS],
                 calibration=calibration.read_text("utf-8").splitlines() if calibration else None, threads=threads)
-            for name in stream or ["demo"] for seed in range(seeds) for method in METHODS
-            if method in methods.split(",")
+            for name in stream or ["demo"] for seed in range(seeds) for method in chosen
         ]
         plan = ([one for job in plan for one in candidates(job)] if find_rates is not None
                 else [_with_rate(job, known) for job in plan])

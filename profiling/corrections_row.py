@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ogpstream.learner import LearnerConfig, Sample
 from ogpstream.learner.pretrained import load_pretrained
 from ogpstream.profiling.baselines.joint import Joint
 from ogpstream.profiling.facts import Fact, facts, strangers, unrelated
 from ogpstream.profiling.methods import method_config, student
-from ogpstream.profiling.row_store import settings_digest
+from ogpstream.profiling.row_store import Keyed
 from ogpstream.profiling.student import LearnerStudent
 
 # ids of a greedy answer that is compared with an earlier one
@@ -30,7 +31,7 @@ Progress = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Keyed):
     """What one row is of.
 
     Attributes:
@@ -49,15 +50,6 @@ class Job:
     neighbours: int
     idle: int
     threads: int | None
-
-    @property
-    def settings(self) -> str:
-        """The key of the row: everything that it depends on, but not the number of threads."""
-        return settings_digest({**asdict(self), "threads": None})
-
-    @property
-    def seed(self) -> int:
-        return int(self.config["seed"])
 
 
 def run_row(job: Job, on_progress: Progress = lambda done: None) -> dict[str, Any]:
@@ -130,36 +122,39 @@ def _share(values: Sequence[bool]) -> float:
 @torch.no_grad()
 def right(model: Any, tokenizer: Any, prompts: Sequence[str], wanted: Sequence[str]) -> list[bool]:
     """Whether the greedy continuation of each prompt begins with " " and the wanted answer."""
-    groups: dict[tuple[int, int], list[tuple[int, list[int]]]] = defaultdict(list)
-    for number, (prompt, answer) in enumerate(zip(prompts, wanted, strict=True)):
-        ids = tokenizer(prompt)["input_ids"]
-        completion = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-        groups[len(ids), len(completion)].append((number, [*ids, *completion]))
+    completions = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] for answer in wanted]
     found = [False] * len(prompts)
-    for (start, _), rows in groups.items():
-        for first in range(0, len(rows), BATCH):
-            part = rows[first : first + BATCH]
-            ids = torch.tensor([row for _, row in part], device=model.device)
-            guessed = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1].argmax(-1)
-            for (number, _), same in zip(part, (guessed == ids[:, start:]).all(1).tolist(), strict=True):
-                found[number] = same
+    for numbers, ids, start in _batches(model, tokenizer, prompts, completions):
+        guessed = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1].argmax(-1)
+        for number, same in zip(numbers, (guessed == ids[:, start:]).all(1).tolist(), strict=True):
+            found[number] = same
     return found
 
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[tuple[int, ...]]:
     """The greedy continuation of each prompt, `ANSWER` ids."""
-    groups: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
-    for number, prompt in enumerate(prompts):
-        ids = tokenizer(prompt)["input_ids"]
-        groups[len(ids)].append((number, ids))
     found: list[tuple[int, ...]] = [()] * len(prompts)
-    for start, rows in groups.items():
+    for numbers, ids, start in _batches(model, tokenizer, prompts, [[]] * len(prompts)):
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False,
+                              min_new_tokens=ANSWER, pad_token_id=0)
+        for number, row in zip(numbers, made[:, start:].tolist(), strict=True):
+            found[number] = tuple(row)
+    return found
+
+
+def _batches(model: Any, tokenizer: Any, prompts: Sequence[str], behind: Sequence[list[int]]
+             ) -> Iterator[tuple[list[int], Tensor, int]]:
+    """Prompts of one length with what is behind them, of one length too, so that none is padded.
+
+    Yields:
+        Their numbers, ids `[n, T]`, and the length of the prompts.
+    """
+    groups: dict[tuple[int, int], list[tuple[int, list[int]]]] = defaultdict(list)
+    for number, (prompt, rest) in enumerate(zip(prompts, behind, strict=True)):
+        ids = tokenizer(prompt)["input_ids"]
+        groups[len(ids), len(rest)].append((number, [*ids, *rest]))
+    for (start, _), rows in groups.items():
         for first in range(0, len(rows), BATCH):
             part = rows[first : first + BATCH]
-            ids = torch.tensor([row for _, row in part], device=model.device)
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False,
-                                  min_new_tokens=ANSWER, pad_token_id=0)
-            for (number, _), row in zip(part, made[:, start:].tolist(), strict=True):
-                found[number] = tuple(row)
-    return found
+            yield [number for number, _ in part], torch.tensor([row for _, row in part], device=model.device), start

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from ogpstream.learner.sites import AdaptedLinear, Attachment
 from ogpstream.profiling.baselines.joint import EPOCHS, Joint
 from ogpstream.profiling.evaluate import AccuracyMatrix
 from ogpstream.profiling.methods import method_config, student
-from ogpstream.profiling.row_store import settings_digest
+from ogpstream.profiling.row_store import Keyed
 from ogpstream.profiling.stream_run import evaluate, run_stream
 from ogpstream.profiling.student import LearnerStudent, Student
 from ogpstream.profiling.tasks import Task, demo_tasks, folder_tasks, split_tail
@@ -33,7 +33,7 @@ Progress = Callable[[int, int], Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Keyed):
     """What one row is of; all values are JSON values, so that a process of its own can compute it.
 
     Attributes:
@@ -62,15 +62,6 @@ class Job:
     texts: Sequence[str] = field(default=(), repr=False)
     calibration: Sequence[str] | None = field(default=None, repr=False)
     threads: int | None = None
-
-    @property
-    def settings(self) -> str:
-        """The key of the row: everything that it depends on, but not the number of threads."""
-        return settings_digest({**asdict(self), "threads": None})
-
-    @property
-    def seed(self) -> int:
-        return int(self.config["seed"])
 
     def order(self) -> list[Task]:
         """The tasks in the order of the stream."""

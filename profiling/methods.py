@@ -8,7 +8,7 @@ from importlib import import_module
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ogpstream.learner import LearnerConfig
+from ogpstream.learner import ConfigError, LearnerConfig
 
 if TYPE_CHECKING:
     from ogpstream.learner import StreamLearner
@@ -23,6 +23,18 @@ _BASELINES = {"replay16": "Replay16", "ewc": "EWC", "si": "SI", "agem": "AGEM", 
 METHODS = (*OURS, "sequential", "replay16", "replay1", "ewc", "si", "agem", "derpp", "mer", "olora", "osf", "joint")
 # of plain LoRA by the learner, untuned and tried; each baseline has its own
 PLAIN_RATE, PLAIN_RATES = 1e-3, (5e-4, 1e-3, 2e-3)
+
+
+def named_methods(names: str) -> list[str]:
+    """Methods that are named with commas between them, in the order of `METHODS`.
+
+    Raises:
+        ConfigError: one is unknown.
+    """
+    wanted = set(names.split(","))
+    if unknown := sorted(wanted - set(METHODS)):
+        raise ConfigError(f"unknown method {', '.join(unknown)}: use {', '.join(METHODS)}")
+    return [method for method in METHODS if method in wanted]
 
 
 def baseline_class(method: str) -> type[Baseline]:

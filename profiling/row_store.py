@@ -16,6 +16,21 @@ def settings_digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Keyed:
+    """A dataclass of what a row is of, as JSON values: with a `config` as `LearnerConfig.to_dict` has it."""
+
+    config: dict[str, Any]
+
+    @property
+    def settings(self) -> str:
+        """The key of the row: everything that it depends on, but not the number of threads."""
+        return settings_digest({**vars(self), "threads": None})
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+
 class RowStore:
     """Rows in `FOLDER/rows.jsonl`, by their field `settings`; in memory alone without a folder.
 
