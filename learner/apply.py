@@ -17,23 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ogpstream.learner import peft_io
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.draft import fold_now
 from ogpstream.learner.errors import StateError
-from ogpstream.learner.folder import MemoryFolder, StateFolder
+from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
 from ogpstream.learner.lesson import Lesson
+from ogpstream.learner.operations import Operations
 from ogpstream.learner.pace import Choice
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
-from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import ReplayRing, Slot
 
-Record = dict[str, Any]
 Report = SampleReport | RehearsalReport | None
 
 # the unit before one that only writes to the state folder, and touches neither model nor device
@@ -54,6 +51,7 @@ class Applier:
     Attributes:
         pacer: the time budget of the updates.
         recall: which old samples come back.
+        operations: records without an update.
     """
 
     def __init__(
@@ -73,6 +71,7 @@ class Applier:
         self.acknowledge = acknowledge
         self.pacer = Pacer(updater)
         self.recall = Recall(state, config)
+        self.operations = Operations(state, updater, config)
         # number of a record of a sample, and its updates so far
         self._made: tuple[int, list[Update]] = (0, [])
         self._owed = False  # a snapshot
@@ -86,7 +85,7 @@ class Applier:
             case "rehearse":
                 report = yield from self._rehearsals(record)
             case _:
-                report = self._plain(record)
+                report = self.operations.run(record, self.folder)
         self.state.position = Position(record["seq"], 0)
         return report
 
@@ -294,90 +293,6 @@ class Applier:
             yield WRITES
             self.checkpoint()
             yield "written"
-
-    # records without an update
-
-    def _plain(self, record: Record) -> SampleReport | None:
-        counters, version = self.state.counters, self.state.store.served.version
-        match record["kind"]:
-            case "refused" | "kept" as kind:
-                if kind == "kept":
-                    self.folder.quarantine(record)
-                counters.acknowledged += 1
-                if record["id"] is not None:
-                    (self.state.refused if kind == "refused" else self.state.seen).add(record["id"])
-                if kind == "refused":
-                    counters.rejected += 1
-                    return SampleReport(record["id"], "rejected", version, reason=record["reason"])
-                counters.quarantined += 1
-                return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
-            case "shorten" | "pace" | "put off":
-                # they act on the record that they name
-                pass
-            case "expert":
-                self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])
-            case "import":
-                adapter = peft_io.read_adapter(self.folder.imported(record["folder"]), self.updater.attachment)
-                self.adopt(record["name"], adapter.rank, adapter.scaling, adapter.factors)
-                # what it was trained on is not known
-                self.state.store.scope = self.state.store.scope.opened(record["name"])
-            case "activate":
-                self.serve(record["gates"])
-            case "rollback":
-                self._roll_back(record)
-            case kind:
-                raise StateError(f"record {record['seq']} of the journal has the unknown kind {kind!r}: "
-                                 "use the version that wrote it")
-        return None
-
-    def adopt(self, name: str, rank: int, scaling: float,
-              factors: list[tuple[Tensor, Tensor] | None] | None = None) -> None:
-        """A new expert, folded against the P of now.
-
-        Args:
-            factors: (A, B) by site; where there are none, A is N(0, 1/D_in), drawn from the seed and the name, and B 0.
-        """
-        store = self.state.store
-        layout = store.layout(rank)
-        slab = fresh_factors(layout, self.config.seed, name, dtype=store.dtype)
-        for index, given in enumerate(factors or []):
-            if given is not None:
-                layout.a(slab, index).copy_(given[0])
-                layout.b(slab, index).copy_(given[1])
-        fold_now(self.state.protection, store.create(name, rank, scaling, slab))
-
-    def serve(self, gates: Mapping[str, float]) -> None:
-        """Make exactly these experts active, each folded against the P of now, and publish."""
-        store = self.state.store
-        for name in tuple(store.active):
-            if name not in gates:
-                store.deactivate(name)
-        # sorted, as the journal gives them back: the order decides which one is the least recently used
-        for name, gate in sorted(gates.items()):
-            fold_now(self.state.protection, store.expert(name))
-            store.activate(name, gate)
-        self.updater.publish()
-
-    def _roll_back(self, record: Record) -> None:
-        snapshot = self.folder.load(record["to"])
-        state = self.state
-        counters, version = state.counters, state.store.served.version
-        seen, refused = state.seen.state_dict(), state.refused.state_dict()
-        position = Position(**snapshot.meta["position"])
-        # a snapshot made between the updates of a sample has that sample in it
-        inside = position.seq + (position.done > 0)
-        # all that may fail comes first: applied again, it finds the state as it was
-        for undone in self.folder.kept(inside):
-            if undone["kind"] == "sample" and undone["seq"] < record["seq"]:
-                self.folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
-        state.restore(snapshot.tensors, snapshot.meta)
-        # what was brought before stays known, so that a rerun of its file does not learn it again
-        state.seen.load_state_dict(seen)
-        state.refused.load_state_dict(refused)
-        learned = state.counters.learned
-        state.counters = replace(counters, learned=learned,
-                                 quarantined=counters.quarantined + counters.learned - learned)
-        self.updater.attachment.binding.served = state.store.publish(version + 1)
 
     # snapshots
 

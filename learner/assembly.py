@@ -96,8 +96,8 @@ class Assembly:
                     raise StateError(f"{state_dir} holds a state already: continue it with StreamLearner.load_state")
             if config.warm_start and config.guard == "fold":
                 parts._warm_start(calibration)
-            applier.adopt(DEFAULT_EXPERT, config.rank, config.scaling)
-            applier.serve({DEFAULT_EXPERT: 1.0})
+            applier.operations.adopt(DEFAULT_EXPERT, config.rank, config.scaling)
+            applier.operations.serve({DEFAULT_EXPERT: 1.0})
             parts.versions.save()
         except BaseException:
             parts.close()

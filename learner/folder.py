@@ -23,6 +23,9 @@ from ogpstream.memory.frames import JournalDamaged
 from ogpstream.memory.journal import Journal, JournalFailed, JournalLocked
 from ogpstream.memory.snapshot import Snapshot, SnapshotDamaged, SnapshotFormat, SnapshotStore
 
+# a JSON object with `kind` and, once the journal has it, `seq`
+Record = dict[str, Any]
+
 
 class StateFolder:
     """The folder of one learner, opened by one process at a time.

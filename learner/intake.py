@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from ogpstream.learner.apply import Record
 from ogpstream.learner.encoding import Encoded, encode
 from ogpstream.learner.errors import SampleError
+from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import SampleReport
 from ogpstream.learner.samples import Refused, Sample, refuse

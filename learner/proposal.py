@@ -11,12 +11,12 @@ from torch import Tensor
 from ogpstream.kernels import dispatch
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.protection import Protection, Use
-from ogpstream.learner.staging import Piece, Staging
+from ogpstream.learner.staging import FACTORS, Piece, Staging
 from ogpstream.learner.units import named
 from ogpstream.memory.basis import CHUNK
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
-from ogpstream.memory.pinned import host_copy, host_zeros
+from ogpstream.memory.pinned import host_empty, host_zeros
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Proposer:
                 steps of up to 2.1 times the usual size, in the first 20 of its own.
 
         Yields:
-            "gradient", "optimizer", "anchor" and "projection", for every piece.
+            "gradient", "optimizer", "anchor" and "projection", for every piece; "untouched" for what is not trained.
         """
         pieces, staging = self.staging.pieces(expert.layout, sites), self.staging
         totals, squares, use = [], [], Use()
@@ -70,7 +70,9 @@ class Proposer:
             yield "gradient"
         eps = self._eps(pieces, squares)
         # here the device has been waited for, where there are pieces: their masks are there too
-        proposal, finite = Proposal(self.protection.used(use), self._untouched(expert, sites)), []
+        proposal, finite = Proposal(self.protection.used(use)), []
+        if sites is not None:
+            proposal.slabs = yield from named("untouched", self._untouched(expert))
         for piece, total, own in zip(pieces, totals, eps, strict=True):
             flats = {name: staging.take(expert, name, piece) for name in self._names}
             self._step(expert, piece, flats, total.to(staging.device, non_blocking=True), own)
@@ -114,13 +116,19 @@ class Proposer:
                 for rows in self.staging.rows(basis, count, block):
                     dispatch.project_out_(block, rows, chunk=len(rows))
 
-    def _untouched(self, expert: Expert, sites: Collection[int] | None) -> dict[str, Tensor]:
+    def _untouched(self, expert: Expert) -> Generator[None, None, dict[str, Tensor]]:
         """Slabs into which a step on some of the sites is written: what the others have is there already."""
-        if sites is None:
-            return {}
-        slabs = {name: getattr(expert, name) for name in self._names}
-        return {name: host_zeros(expert.layout.numel, dtype=expert.factors.dtype) if slab is None else host_copy(slab)
-                for name, slab in slabs.items()}
+        copies = {}
+        for name in self._names:
+            slab = getattr(expert, name)
+            if slab is None:
+                copies[name] = host_zeros(expert.layout.numel, dtype=expert.factors.dtype)
+                continue
+            copies[name] = host_empty(slab.numel(), dtype=slab.dtype)
+            for own, theirs in zip(copies[name].split(FACTORS), slab.split(FACTORS), strict=True):
+                own.copy_(theirs)
+                yield
+        return copies
 
     def _step(self, expert: Expert, piece: Piece, flats: dict[str, Tensor], gradient: Tensor,
               eps: tuple[float, float]) -> None:

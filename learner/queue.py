@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ogpstream.learner.apply import Applier, Record, Report
+from ogpstream.learner.apply import Applier, Report
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
-from ogpstream.learner.folder import MemoryFolder
+from ogpstream.learner.folder import MemoryFolder, Record
 from ogpstream.learner.report import SampleReport
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater

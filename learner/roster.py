@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ogpstream.learner import peft_io
-from ogpstream.learner.apply import Record
 from ogpstream.learner.errors import ConfigError
+from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.samples import EXPERT_NAME
 from ogpstream.learner.units import exhausted

@@ -52,7 +52,7 @@ class Geometry:
 def fields(lean: Usage, resident: Usage) -> Row:
     """The bytes that the JSON lines of `bench vram` and `bench update` have in common."""
     return {"learner_state_bytes": lean.learning_state, "resident_state_bytes": resident.learning_state,
-            "serving_copy_bytes": lean.serving_copy, "shadow_bytes": lean.shadow,
+            "serving_copy_bytes": lean.serving_copy, "shadow_bytes": lean.shadow, "scope_bytes": lean.scope,
             "total_learning_vram_bytes": lean.total, "activation_peak_bytes": lean.activations,
             "choice": lean.choice, "device": lean.device}
 

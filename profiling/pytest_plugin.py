@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ogpstream.profiling.vram import Usage
 
 MARKER = "vram_budget"
-NAMES = ("learning_state", "activations", "serving_copy", "total")
+NAMES = ("learning_state", "activations", "serving_copy", "scope", "total")
 
 
 class VramBudget:

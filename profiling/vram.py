@@ -4,6 +4,7 @@
                      of an update, and what stays between updates
     activations      the most of everything else during forward and backward
     serving copy     the version that is served; a second one is alive beside it while an update publishes
+    scope            what telling whether a prompt is in the scope of an expert gathers there
 
 Counted at the operations that make tensors, and on a CUDA device at the allocator too, whose figure is taken there: it
 knows what kernels allocate inside themselves and what its own rounding costs.
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from ogpstream.learner import LearnerConfig
 from ogpstream.learner.anchor import COLUMNS, BaseAnchor
+from ogpstream.learner.description import Describer
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.restart import fresh_factors
@@ -42,6 +44,7 @@ class Usage:
 
     Attributes:
         shadow: the second serving copy.
+        scope: of one prompt of as many tokens; also what `Describer.warm_up` takes.
         choice: how activations were kept.
         tokens: of the sample, rows: supervised ones.
         device: measured on, or "fake".
@@ -51,6 +54,7 @@ class Usage:
     activations: int
     serving_copy: int
     shadow: int
+    scope: int
     choice: str
     tokens: int
     rows: int
@@ -59,7 +63,8 @@ class Usage:
     @property
     def total(self) -> int:
         """Upper bound of what learning takes at one moment beside the model and the version that is served."""
-        return max(self.learning_state + self.activations, self.learning_state + self.shadow)
+        # a request may come, and is told in or out of scope, at any unit of an update
+        return self.learning_state + max(self.activations, self.shadow) + self.scope
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,8 +125,9 @@ def update_usage(model: PreTrainedModel, config: LearnerConfig, *, tokens: int, 
             found.append(_Phases(meter, allocated, served).of(updater.run(name, [lesson])))
         # the last version made the one before it free
         kept = allocated.alive(meter) - served
+        scope = _scope_bytes(model, ids, meter, allocated) if config.served_to == "scope" else 0
         return Usage(max(kept, *(one[0] for one in found)), max(one[1] for one in found), served,
-                     _serving_bytes(state.store), str(updater.preflight.plan(tokens, rows)), tokens, rows,
+                     _serving_bytes(state.store), scope, str(updater.preflight.plan(tokens, rows)), tokens, rows,
                      "fake" if device == DEVICE else device.type)
     finally:
         attachment.detach()
@@ -200,6 +206,16 @@ def fill_state(state: LearnerState, config: LearnerConfig, experts: int, held_ra
         expert.held = [parts[site.d_in, site.d_out] for site in store.sites]
         if number < config.max_active:
             store.activate(name)
+
+
+def _scope_bytes(model: PreTrainedModel, ids: list[int], meter: Meter, allocated: _Allocator) -> int:
+    """Of describing one prompt, the first time."""
+    describer = Describer(model.get_input_embeddings())
+    with meter:
+        before = allocated.alive(meter)
+        allocated.begin(meter)
+        describer(ids, [len(ids)])
+        return allocated.peak(meter) - before
 
 
 def _serving_bytes(store: AdapterStore) -> int:

@@ -104,8 +104,8 @@ class Bench:
         self.worst = 0.0
         self._build()
         for name, rank in EXPERTS.items():
-            self.applier.adopt(name, rank, 2.0 / rank)
-        self.applier.serve({"default": 1.0, "narrow": 0.5})
+            self.applier.operations.adopt(name, rank, 2.0 / rank)
+        self.applier.operations.serve({"default": 1.0, "narrow": 0.5})
 
     def _build(self) -> None:
         self.store = AdapterStore(self.sites, max_active=2)
@@ -134,7 +134,7 @@ class Bench:
                 return report
 
     def serve(self, *names: str) -> None:
-        self.applier.serve(dict.fromkeys(names, 0.5))
+        self.applier.operations.serve(dict.fromkeys(names, 0.5))
         self.look()
 
     def prune(self, keep: int) -> None:

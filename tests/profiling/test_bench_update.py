@@ -17,8 +17,8 @@ from ogpstream.profiling.update_providers import Work, providers
 from ogpstream.profiling.vram import llama_config
 
 FIELDS = {
-    "learner_state_bytes", "resident_state_bytes", "serving_copy_bytes", "shadow_bytes", "total_learning_vram_bytes",
-    "activation_peak_bytes", "ours_ms_p50", "choice", "device",
+    "learner_state_bytes", "resident_state_bytes", "serving_copy_bytes", "shadow_bytes", "scope_bytes",
+    "total_learning_vram_bytes", "activation_peak_bytes", "ours_ms_p50", "choice", "device",
 }  # fmt: skip
 TIMES = {"peft_ms_p50", "floor_ms_p50", "ratio_vs_peft", "ratio_vs_floor", "yield_ms_p99"}
 
@@ -61,7 +61,8 @@ def test_bench_vram(tmp_path: Path) -> None:
     assert values.keys() >= FIELDS
     assert [row["experts"] for row in values["rows"]] == [8, 2, 8, 32]
     assert len({row["learner_state_bytes"] for row in values["rows"]}) == 1
-    assert values["total_learning_vram_bytes"] == values["learner_state_bytes"] + values["activation_peak_bytes"]
+    parts = ("learner_state_bytes", "activation_peak_bytes", "scope_bytes")
+    assert values["total_learning_vram_bytes"] == sum(values[part] for part in parts)
     with open(tmp_path / "vram.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     # bytes of a device that is not there, by these versions

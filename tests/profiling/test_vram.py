@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ogpstream.kernels import cross_entropy, lora_backward, optimizer, projection
 from ogpstream.kernels.launch import launch
-from ogpstream.learner import LearnerConfig, update
+from ogpstream.learner import LearnerConfig, description, update
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.proposal import Proposer
@@ -59,6 +59,19 @@ def test_resident_state_of_the_specification(layers: int, optimizer: str, scope:
     slabs = {"adam": 7, "sgd": 3}[optimizer]  # masters and moments of two experts, and one gradient
     assert slabs * layers * 4 * 8 * 4096 <= usage.learning_state <= limit * MIB
     assert usage.activations <= 256 * MIB
+
+
+def test_the_scope_takes_half_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = _usage(22)
+    piece = description._SLICE * (2048 * 2 + 8)  # rows in bf16 and their ids
+    assert usage.scope == piece <= 0.6e6
+    # with it too what learning takes is what the specification allows
+    assert usage.learning_state + usage.scope <= 2_320_000
+    assert usage.total == usage.learning_state + usage.activations + usage.scope
+    assert _usage(2, small=True, served_to="all").scope == 0
+    # all of a prompt at once is seen
+    monkeypatch.setattr(description, "_SLICE", 1024)
+    assert _usage(2).scope == 8 * piece
 
 
 def test_all_tokens_supervised() -> None:
