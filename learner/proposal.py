@@ -11,7 +11,7 @@ from torch import Tensor
 from ogpstream.kernels import dispatch
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.protection import Protection, Use
-from ogpstream.learner.staging import FACTORS, Piece, Staging
+from ogpstream.learner.staging import Piece, Staging, parts
 from ogpstream.learner.units import named
 from ogpstream.memory.basis import CHUNK
 from ogpstream.memory.experts import Expert
@@ -125,7 +125,7 @@ class Proposer:
                 copies[name] = host_zeros(expert.layout.numel, dtype=expert.factors.dtype)
                 continue
             copies[name] = host_empty(slab.numel(), dtype=slab.dtype)
-            for own, theirs in zip(copies[name].split(FACTORS), slab.split(FACTORS), strict=True):
+            for own, theirs in zip(parts(copies[name]), parts(slab), strict=True):
                 own.copy_(theirs)
                 yield
         return copies

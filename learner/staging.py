@@ -50,6 +50,11 @@ def in_pieces(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterato
         yield brought(piece, device).to(dtype)
 
 
+def parts(slab: Tensor) -> tuple[Tensor, ...]:
+    """A slab `[n]` as views of at most `FACTORS` numbers, for units that do not grow with the model."""
+    return slab.split(FACTORS)
+
+
 def brought(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on a device; from pinned memory it is queued on the current stream."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor, non_blocking=True)

@@ -25,7 +25,7 @@ from ogpstream.learner.proposal import Proposal, Proposer
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
-from ogpstream.learner.staging import FACTORS, staging_for
+from ogpstream.learner.staging import parts, staging_for
 from ogpstream.learner.step import Reading, sample_gradients
 from ogpstream.learner.units import named
 from ogpstream.learner.walk import LayerWalk
@@ -323,11 +323,11 @@ def _norms(gradients: Sequence[Tensor]) -> Generator[None, None, tuple[float, ..
     """Of each slab, in pieces: 40M numbers of a large model are 10 ms on a core."""
     found = []
     for gradient in gradients:
-        parts = []
-        for part in gradient.split(FACTORS):
-            parts.append(part.norm())
+        own = []
+        for part in parts(gradient):
+            own.append(part.norm())
             yield
-        found.append(float(torch.stack(parts).norm()) if len(parts) > 1 else float(parts[0]))
+        found.append(float(torch.stack(own).norm()) if len(own) > 1 else float(own[0]))
     return tuple(found)
 
 

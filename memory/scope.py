@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Prompts:
             nearest[place] = distance.min()
         return Prompts(rows, counts, nearest)
 
-    @property
+    @cached_property
     def radius(self) -> float:
         """Distance up to which a prompt is like the learned ones."""
         if len(self.rows) < FEW:

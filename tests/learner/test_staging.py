@@ -126,14 +126,34 @@ def test_piece_by_piece_the_host_s_update_is_made_up_to_rounding(
     assert uses[0] == uses[1]
 
 
-@pytest.mark.parametrize("mode", [None, *MODES])
+def test_the_norm_of_a_gradient_is_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "FACTORS", 1000)
+    gradient = torch.randn(2500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    work, units = update._norms([gradient, gradient * 2]), 0
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            norms = end.value
+            break
+        units += 1
+    assert units == 6
+    assert norms == pytest.approx([float(gradient.norm()), 2 * float(gradient.norm())], rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", [None, "a host in pieces", *MODES])
 @pytest.mark.parametrize("scope", ["layer", "shared"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_an_update_of_the_top_layer_leaves_the_others_bit_for_bit(
-    tiny_model: TinyModel, in_threes: None, optimizer: str, scope: str, mode: str | None
+    tiny_model: TinyModel, in_threes: None, monkeypatch: pytest.MonkeyPatch, optimizer: str, scope: str,
+    mode: str | None
 ) -> None:
     """Also what a resident mode keeps elsewhere: whole updates before and after it have the bits of the host's."""
     own: dict[str, Any] = dict(optimizer=optimizer, basis_scope=scope, lr=0.02 if optimizer == "adam" else 0.5)
+    if mode == "a host in pieces":
+        # both of them
+        mode = None
+        monkeypatch.setattr(staging, "FACTORS", 1000)
     learner, host = (_learner(tiny_model, None, **own) for _ in range(2))
     lesson = Lesson([*range(20, 32)], 5, again=True)
     before = []
