@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ogpstream.learner import amendments
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.operations import Operations
-from ogpstream.learner.pace import Choice
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.state import LearnerState, Position
+from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import ReplayRing, Slot
@@ -44,9 +45,8 @@ class Applier:
 
     Args:
         own: what identifies this learner in a snapshot: its config, the base model's fingerprint, the environment.
-        acknowledge: writes records into the journal and queues them. One of kind "shorten" enters its tokens into the
-            `limits` of the record that it is of, which may be the one that is being applied; one of kind "pace" its
-            choice into the `paces`, one of kind "put off" its expert into the `put_off`.
+        acknowledge: writes records into the journal and queues them; amendments are entered into the record that they
+            are of, which may be the one that is being applied.
 
     Attributes:
         pacer: the time budget of the updates.
@@ -107,8 +107,8 @@ class Applier:
                      if slot.uid not in contradicted]
             update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
             updates.append(update)
-            new = self._limited(new, record, 0)
-            trained = self._paced(new, record, 0)
+            new = amendments.limited(new, record, 0, self._bos)
+            trained = amendments.paced(new, record, 0, self._bos)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
             if reason is not None:
                 yield WRITES
@@ -145,7 +145,7 @@ class Applier:
             new_one = [] if newest is None else [ring.get(newest)]
             if len(ring) > len(new_one):
                 updates.append((yield from self._rehearse(record, 1, waiting=False, but=new_one)))
-        trained = self._paced(self._limited(new, record, 0), record, 0)
+        trained = amendments.paced(new, record, 0, self._bos)
         report = self._report(record, trained, "learned", started, loss, updates, None)
         return replace(report, updates=count, sticks=sticks)
 
@@ -200,7 +200,7 @@ class Applier:
 
     def _restart(self, record: Record, name: str) -> Generator[str, None, int]:
         """Restart an expert if it is due; where there is no memory for it, it is put off. Returns how much P grew."""
-        if name not in record.get("put_off", ()):
+        if not amendments.is_put_off(record, name):
             try:
                 growth = yield from self.updater.restart(name)
                 return 0 if growth is None else growth.admitted
@@ -210,7 +210,6 @@ class Applier:
             self.updater.ran_out()
             _log.warning("out of memory in the restart of the expert %r: it is put off for %d updates", name,
                          self.config.restart_after)
-            # how much memory there is, is no part of the state: the journal says what was done about it
             yield WRITES
             self.acknowledge([{"kind": "put off", "of": record["seq"], "expert": name}])
             yield "written"
@@ -220,55 +219,67 @@ class Applier:
     def _rehearse(
         self, record: Record, count: int, *, waiting: bool, but: Sequence[Slot] = ()
     ) -> Generator[str, None, Update]:
-        """One update on old samples of one expert: `count` random ones, or the oldest that waits for its rehearsal."""
-        unrehearsed = self.state.unrehearsed() if waiting else []
-        slots = unrehearsed[:1] or self.recall.draw(1, but=but)
-        slots += self.recall.draw(count - 1, expert=slots[0].expert, but=slots)
+        """One update on old samples of one expert: `count` that are known least, or one.
+
+        Args:
+            waiting: take the oldest that waits for its rehearsal, or a random one.
+            but: take a random one, none of these.
+        """
+        if waiting or but:
+            slots = (self.state.unrehearsed()[:1] if waiting else []) or self.recall.draw(1, but=but)
+        else:
+            slots = yield from self._forgotten(record, count)
         update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
         self.recall.note(slots, update, first=0)
         self._commit(gradients=len(slots))
         yield from self._save()
         return update
 
+    def _forgotten(self, record: Record, count: int) -> Generator[str, None, list[Slot]]:
+        """Of random old samples of one expert those that are known least now."""
+        drawn, done = self.recall.candidates(count), self.state.position.done
+        # one that is not served would be judged without its expert
+        looks = len(drawn) > count and drawn[0].expert in self.state.store.active
+        if not looks or amendments.is_blind(record, done):
+            return drawn[:count]
+        try:
+            readings = yield from self.updater.look([_lesson(slot) for slot in drawn])
+            order = sorted(range(len(drawn)), key=lambda number: _forgotten_by(readings[number]), reverse=True)
+            return [drawn[number] for number in order[:count]]
+        except torch.OutOfMemoryError:
+            # what was computed is held by the exception, so room is made after this block
+            pass
+        self.updater.ran_out()
+        _log.warning("out of memory while %d old samples were looked at: the first %d are rehearsed", len(drawn), count)
+        yield WRITES
+        self.acknowledge([{"kind": "blind", "of": record["seq"], "done": done}])
+        yield "written"
+        return drawn[:count]
+
     def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
         """One update within the time budget; where memory runs out in every mode, another with less of the prompts."""
         done = self.state.position.done
-        limited = [self._limited(one, record, done) for one in lessons]
-        if self._choice(record, done) is None:
+        limited = [amendments.limited(one, record, done, self._bos) for one in lessons]
+        if amendments.pace(record, done) is None:
             choice = yield from self.pacer.choose(limited, self._bos)
             if choice is not None:
-                # how fast this machine is, is no part of the state: the journal says what was done about it. An
-                # update that leaves out nothing needs no record, since none is left out where there is no budget
+                # one that leaves out nothing needs no record, since none is left out where there is no budget
                 yield WRITES
                 self.acknowledge([{"kind": "pace", "of": record["seq"], "done": done, **choice._asdict()}])
                 yield "written"
         while True:
-            choice = self._choice(record, done)
+            choice = amendments.pace(record, done)
             layers = None if choice is None else choice.layers
-            trained = [self._paced(self._limited(one, record, done), record, done) for one in lessons]
+            trained = [amendments.paced(one, record, done, self._bos) for one in lessons]
             try:
                 work = activating(self.updater, expert, self.updater.run(expert, trained, layers))
                 update, pace = yield from self.pacer.timed(work, trained, choice)
                 return replace(update, pace=pace)
             except NoRoom as error:
                 tokens = error.tokens
-            # how much memory there is, is no part of the state: the journal says what was done about it
             yield WRITES
             self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
             yield "written"
-
-    def _limited(self, lesson: Lesson, record: Record, update: int) -> Lesson:
-        """A lesson within the tokens that the records of kind "shorten" leave to one update of this record."""
-        tokens = min((tokens for done, tokens in record.get("limits", ()) if done <= update), default=None)
-        return lesson.within(tokens, self._bos)
-
-    def _paced(self, lesson: Lesson, record: Record, update: int) -> Lesson:
-        """A lesson with what the record of kind "pace" leaves of its prompt to one update of this record."""
-        choice = self._choice(record, update)
-        return lesson if choice is None or lesson.refusal is not None else lesson.asking(choice.prompt, self._bos)
-
-    def _choice(self, record: Record, update: int) -> Choice | None:
-        return next((Choice(*choice) for done, *choice in record.get("paces", ()) if done == update), None)
 
     @property
     def _bos(self) -> int | None:
@@ -325,6 +336,10 @@ def _repeats(record: Record) -> int:
     # records of earlier releases have none
     repeats: int = record.get("repeats", 0)
     return repeats
+
+
+def _forgotten_by(reading: Reading) -> float:
+    return reading.loss if math.isfinite(reading.loss) else -math.inf
 
 
 def _lesson(slot: Slot) -> Lesson:

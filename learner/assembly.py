@@ -20,9 +20,9 @@ from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.roster import Roster
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import LearnerState, environment, fingerprint
-from ogpstream.learner.units import exhausted
 from ogpstream.learner.update import Updater
 from ogpstream.learner.versions import Versions
+from ogpstream.memory.units import exhausted
 
 DEFAULT_EXPERT = "default"
 

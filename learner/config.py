@@ -82,6 +82,8 @@ class LearnerConfig:
     # them 90 % of corrections stick at once, without 22 %; but over a long stream 3 forget more (accuracy .76 for .79)
     repeats: int = 0
     rehearsal_batch: int = 2  # old samples in one update of `consolidate`
+    # old samples, by chance, of which those with the highest loss are in it; at most 1024 tokens are looked at
+    rehearsal_candidates: int = 8
 
     # samples
     max_tokens: int = 1024  # T, also bounded by the model's positions; prompts are cut from the left
@@ -111,7 +113,8 @@ class LearnerConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
-        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "repeats", "directions_per_sample",
+        for name in ("weight_decay", "warmup", "replay_every", "rehearsals", "repeats", "rehearsal_candidates",
+                     "directions_per_sample",
                      "settled_below", "base_anchor", "restart_after", "restart_directions", "shared_tokens", "eps",
                      "seed"):
             if getattr(self, name) < 0:

@@ -17,11 +17,11 @@ from ogpstream.kernels import dispatch
 from ogpstream.learner.fold import add_to_held, remove
 from ogpstream.learner.protection import READS, Protection, occupied
 from ogpstream.learner.restart import drawing, read_directions
-from ogpstream.learner.units import exhausted
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout
 from ogpstream.memory.pinned import host_empty
+from ogpstream.memory.units import exhausted
 
 # singular values of dA under this share of the largest carry no direction
 NO_DIRECTION = 1e-3

@@ -23,7 +23,7 @@ from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.report import RehearsalReport, SampleReport
 from ogpstream.learner.samples import Message, Refused, Sample
 from ogpstream.learner.status import live_status
-from ogpstream.learner.units import exhausted
+from ogpstream.memory.units import exhausted
 
 # inference steps after which new samples in the ring are consolidated (the specification's third trigger)
 PERIOD = 1000

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ogpstream.learner import peft_io
+from ogpstream.learner import amendments, peft_io
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.draft import fold_now
 from ogpstream.learner.errors import StateError
@@ -16,10 +16,11 @@ from ogpstream.learner.report import SampleReport
 from ogpstream.learner.restart import fresh_factors
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.update import Updater
+from ogpstream.memory.units import exhausted
 
 
 class Operations:
-    """Changes the state at once, in no time of the device's."""
+    """Changes the state at once, without a pause: what builds a version on the device does so before anything else."""
 
     def __init__(self, state: LearnerState, updater: Updater, config: LearnerConfig) -> None:
         self.state, self.updater, self.config = state, updater, config
@@ -29,6 +30,8 @@ class Operations:
 
         Raises:
             StateError: its kind is unknown, or the folder cannot be written: nothing has changed.
+            torch.OutOfMemoryError: there is no room for another version: nothing has changed, but that experts to be
+                served are folded against the P of now.
         """
         counters, version = self.state.counters, self.state.store.served.version
         match record["kind"]:
@@ -43,9 +46,6 @@ class Operations:
                     return SampleReport(record["id"], "rejected", version, reason=record["reason"])
                 counters.quarantined += 1
                 return SampleReport(record["id"], "quarantined", version, reason=record["reason"])
-            case "shorten" | "pace" | "put off":
-                # they act on the record that they name
-                pass
             case "expert":
                 self.adopt(record["name"], record["rank"], self.config.alpha / record["rank"])
             case "import":
@@ -57,7 +57,8 @@ class Operations:
                 self.serve(record["gates"])
             case "rollback":
                 self._roll_back(record, folder)
-            case kind:
+            case kind if kind not in amendments.KINDS:
+                # those act on the record that they name
                 raise StateError(f"record {record['seq']} of the journal has the unknown kind {kind!r}: "
                                  "use the version that wrote it")
         return None
@@ -81,14 +82,16 @@ class Operations:
     def serve(self, gates: Mapping[str, float]) -> None:
         """Make exactly these experts active, each folded against the P of now, and publish."""
         store = self.state.store
-        for name in tuple(store.active):
-            if name not in gates:
-                store.deactivate(name)
         # sorted, as the journal gives them back: the order decides which one is the least recently used
-        for name, gate in sorted(gates.items()):
+        active = dict(sorted(gates.items()))
+        for name in active:
             fold_now(self.state.protection, store.expert(name))
+        served = exhausted(store.building(active, {name: store.expert(name) for name in active}))
+        for name in tuple(store.active):
+            store.deactivate(name)
+        for name, gate in active.items():
             store.activate(name, gate)
-        self.updater.publish()
+        store.served = self.updater.attachment.binding.served = served
 
     def _roll_back(self, record: Record, folder: StateFolder | MemoryFolder) -> None:
         snapshot = folder.load(record["to"])
@@ -98,15 +101,15 @@ class Operations:
         position = Position(**snapshot.meta["position"])
         # a snapshot made between the updates of a sample has that sample in it
         inside = position.seq + (position.done > 0)
-        # all that may fail comes first: applied again, it finds the state as it was
+        # what may fail comes first, and then the version: applied again, it finds the state as it was
         for undone in folder.kept(inside):
             if undone["kind"] == "sample" and undone["seq"] < record["seq"]:
                 folder.quarantine({**undone, "reason": f"undone by the rollback to version {record['to']}"})
-        state.restore(snapshot.tensors, snapshot.meta)
+        state.restore(snapshot.tensors, snapshot.meta, version + 1)
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
         state.refused.load_state_dict(refused)
         learned = state.counters.learned
         state.counters = replace(counters, learned=learned,
                                  quarantined=counters.quarantined + counters.learned - learned)
-        self.updater.attachment.binding.served = state.store.publish(version + 1)
+        self.updater.attachment.binding.served = state.store.served

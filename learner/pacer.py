@@ -199,8 +199,8 @@ class Pacer:
                 # the lines go on beyond their last point
                 self._give_back()
                 break
-            if self.budget_ms is not None and 1e3 * (forwards + layers[tokens][1]) > self.budget_ms:
-                # all layers forward and one backward: nothing that is longer can be chosen
+            if self.budget_ms is not None and 1e3 * sum(layers[tokens]) > self.budget_ms:
+                # nothing that is longer can be chosen
                 break
         loss: list[tuple[int, float]] = []
         for rows in sorted({1, min(config.loss_chunk, max(layers))}):

@@ -12,11 +12,11 @@ from ogpstream.kernels import dispatch
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.staging import Piece, Staging, parts
-from ogpstream.learner.units import named
 from ogpstream.memory.basis import CHUNK
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
 from ogpstream.memory.pinned import host_empty, host_zeros
+from ogpstream.memory.units import named
 
 
 @dataclass

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ogpstream.learner import amendments
 from ogpstream.learner.apply import Applier, Report
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
@@ -19,9 +20,6 @@ from ogpstream.learner.folder import MemoryFolder, Record
 from ogpstream.learner.report import SampleReport
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
-
-# kinds of records about how another one is applied: journaled after it, and before what they say is done
-_ABOUT = ("shorten", "pace", "put off")
 
 
 class RecordQueue:
@@ -94,17 +92,11 @@ class RecordQueue:
         """Queue records that the journal has."""
         for record in records:
             self._records.append(record)
-            if record["kind"] not in _ABOUT:
+            if record["kind"] not in amendments.KINDS:
                 continue
             for other in self._records:
-                if other["seq"] != record["of"]:
-                    continue
-                if record["kind"] == "shorten":
-                    other.setdefault("limits", []).append([record["done"], record["tokens"]])
-                elif record["kind"] == "put off":
-                    other.setdefault("put_off", []).append(record["expert"])
-                else:
-                    other.setdefault("paces", []).append([record["done"], record["prompt"], record["layers"]])
+                if other["seq"] == record["of"]:
+                    amendments.enter(record, other)
 
     def apply_next(self) -> Generator[str, None, Report]:
         """Apply the oldest record as a generator that stops after every unit of work.
@@ -118,7 +110,7 @@ class RecordQueue:
         before = applier.updater.out_of_memory
         report = yield from applier.apply(self._records[0])
         record = self._records.popleft()
-        while self._records and self._records[0]["kind"] in _ABOUT:
+        while self._records and self._records[0]["kind"] in amendments.KINDS:
             yield from applier.apply(self._records.popleft())
         if isinstance(report, SampleReport):
             report = replace(report, out_of_memory=applier.updater.out_of_memory - before)

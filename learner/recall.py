@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.report import Update
 from ogpstream.learner.state import LearnerState
 from ogpstream.memory.replay import Slot, SlotFlag
+
+# tokens that are looked at for one update of a rehearsal: as many as one sample may have
+LOOKED = 1024
 
 
 class Recall:
@@ -34,6 +38,14 @@ class Recall:
         ring, number = self.state.ring, 2 * self.state.counters.updates + bool(but)
         exclude = [slot for slot in (ring.find(other.uid) for other in but) if slot is not None]
         return [ring.get(slot) for slot in ring.draw(count, counter=number, expert=expert, exclude=exclude)]
+
+    def candidates(self, count: int) -> list[Slot]:
+        """Random old samples of one expert, of which `count` are rehearsed: as many as are looked at before."""
+        first = self.draw(1)
+        drawn = first + self.draw(max(count, self.config.rehearsal_candidates) - 1, expert=first[0].expert, but=first)
+        ends = accumulate(len(slot.ids) for slot in drawn)
+        return [slot for number, (slot, end) in enumerate(zip(drawn, ends, strict=True))
+                if number < count or end <= LOOKED]
 
     def note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
         """Mark rehearsed samples with what their lessons, from number `first` on, showed."""

@@ -19,9 +19,9 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
-from ogpstream.learner.units import exhausted
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout
+from ogpstream.memory.units import exhausted
 
 # numbers that are drawn in one unit: 2 ms
 DRAWS = 2**18

@@ -14,9 +14,9 @@ from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.samples import EXPERT_NAME
-from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
+from ogpstream.memory.units import exhausted
 
 
 class Roster:

@@ -51,8 +51,8 @@ def in_pieces(rows: Tensor, device: torch.device, dtype: torch.dtype) -> Iterato
 
 
 def parts(slab: Tensor) -> tuple[Tensor, ...]:
-    """A slab `[n]` as views of at most `FACTORS` numbers, for units that do not grow with the model."""
-    return slab.split(FACTORS)
+    """A slab `[n]` as views for one unit each: on a CPU of at most `FACTORS` numbers, on a device all of it."""
+    return slab.split(FACTORS) if slab.device.type == "cpu" else (slab,)
 
 
 def brought(tensor: Tensor, device: torch.device) -> Tensor:

@@ -112,15 +112,20 @@ class LearnerState:
         meta: dict[str, Any] = {
             "format": FORMAT, "counters": asdict(self.counters), "position": asdict(self.position)
         }
-        for name, part in self._parts().items():
+        for name, part in {"experts": self.store, **self._host_parts()}.items():
             own, meta[name] = part.state_dict()
             tensors.update({f"{name}.{key}": tensor for key, tensor in own.items()})
         for name, ids in self._windows().items():
             tensors.update({f"{name}.{key}": tensor for key, tensor in ids.state_dict().items()})
         return tensors, meta
 
-    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], version: int | None = None) -> None:
         """Take over a captured state.
+
+        Memory may run out on the device; nothing has changed then.
+
+        Args:
+            version: number of the version that is served then; the captured one if None.
 
         Raises:
             StateError: it is of another format, or does not fit this model and configuration.
@@ -129,7 +134,9 @@ class LearnerState:
             raise StateError(f"the state has format {meta.get('format')}, this version reads {FORMAT}: "
                              "use the version that wrote it")
         try:
-            for name, part in self._parts().items():
+            # the one that needs memory of the device comes first
+            self.store.load_state_dict(_under("experts", tensors), meta["experts"], version)
+            for name, part in self._host_parts().items():
                 part.load_state_dict(_under(name, tensors), meta[name])
             for name, ids in self._windows().items():
                 ids.load_state_dict(_under(name, tensors))
@@ -138,8 +145,8 @@ class LearnerState:
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state does not fit this learner: {error}") from error
 
-    def _parts(self) -> dict[str, AdapterStore | Protection | ReplayRing]:
-        return {"experts": self.store, "bases": self.protection, "ring": self.ring, "waiting": self.waiting}
+    def _host_parts(self) -> dict[str, Protection | ReplayRing]:
+        return {"bases": self.protection, "ring": self.ring, "waiting": self.waiting}
 
     def _windows(self) -> dict[str, SeenIds]:
         return {"seen": self.seen, "refused": self.refused}

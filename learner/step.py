@@ -63,9 +63,7 @@ def sample_gradients(
     Returns:
         How well each completion was known.
     """
-    served = binding.current()
-    longest = max(len(ids) for ids, _ in samples)
-    tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in samples], device=walk.model.device)
+    served, tokens = binding.current(), _padded(samples, walk.model.device)
     with binding.using(served):
         plan = walk.plan(tokens)
     yield "plan"
@@ -88,10 +86,10 @@ def sample_gradients(
     seen: list[list[Tensor]] = []
     for number, (ids, prompt_length) in enumerate(samples):
         own, counts = slice(number, number + 1), []
-        rows = torch.arange(prompt_length - 1, len(ids) - 1, device=tokens.device)
-        for piece in rows.split(chunk):
+        for piece in _rows(ids, prompt_length, tokens.device).split(chunk):
             with recording(binding, served, sinks[own]):
-                count, part = loss_gradient(walk, plan, hidden[own, piece], tokens[number, piece + 1], len(rows))
+                count, part = loss_gradient(walk, plan, hidden[own, piece], tokens[number, piece + 1],
+                                            len(ids) - prompt_length)
             gradient[own, piece] = part
             counts.append(count)
             yield "loss"
@@ -109,16 +107,68 @@ def sample_gradients(
         yield "backward"
     for sink in sinks:
         sink.finish()
-    # read once, at the end: a number read in each unit would have the host wait for the device
+    return _readings(seen, samples)
+
+
+def sample_readings(
+    walk: LayerWalk, binding: Binding, samples: Sequence[tuple[Sequence[int], int]], *, chunk: int
+) -> Generator[str, None, list[Reading]]:
+    """How well the completions of samples are known, by forwards alone; arguments as those of `sample_gradients`.
+
+    Yields:
+        "look", after each layer and each chunk of the cross-entropy.
+    """
+    served, tokens = binding.current(), _padded(samples, walk.model.device)
+    with binding.using(served):
+        plan = walk.plan(tokens)
+    hidden = plan.hidden
+    for call in plan.calls:
+        with torch.no_grad(), binding.using(served):
+            hidden = run_layer(call, hidden)
+        yield "look"
+    seen: list[list[Tensor]] = []
+    for number, (ids, prompt_length) in enumerate(samples):
+        counts = []
+        for piece in _rows(ids, prompt_length, tokens.device).split(chunk):
+            with torch.no_grad(), binding.using(served):
+                logits = walk.head(plan.final(hidden[number : number + 1, piece]))[0]
+                counts.append(_counted(logits, tokens[number, piece + 1])[0])
+            del logits
+            yield "look"
+        seen.append(counts)
+    return _readings(seen, samples)
+
+
+def _padded(samples: Sequence[tuple[Sequence[int], int]], device: torch.device) -> Tensor:
+    """Ids `[samples, T]`, filled up with 0 on the right."""
+    longest = max(len(ids) for ids, _ in samples)
+    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in samples], device=device)
+
+
+def _rows(ids: Sequence[int], prompt_length: int, device: torch.device) -> Tensor:
+    """Places whose next id is of the completion."""
+    return torch.arange(prompt_length - 1, len(ids) - 1, device=device)
+
+
+def _readings(seen: Sequence[Sequence[Tensor]], samples: Sequence[tuple[Sequence[int], int]]) -> list[Reading]:
+    """Of the counts of all chunks: read once, since a number read in each unit has the host wait for the device."""
     readings = []
     for counts, (ids, prompt_length) in zip(seen, samples, strict=True):
-        loss, certain = (sum(column) for column in zip(*torch.stack(counts).tolist(), strict=True))
+        loss, certain = (sum(column) for column in zip(*torch.stack(list(counts)).tolist(), strict=True))
         readings.append(Reading(loss / (len(ids) - prompt_length), certain / (len(ids) - prompt_length)))
     return readings
 
 
+def _counted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(Sum of cross-entropies, how many targets got over half of the probability) `[2]`, and dlogits."""
+    total, dlogits = dispatch.cross_entropy(logits, target)
+    # dlogits = softmax - onehot: the target's entry is its probability less 1
+    sure = (dlogits.gather(1, target[:, None]) > -0.5).sum()
+    return torch.stack([total, sure.to(total)]), dlogits
+
+
 def loss_gradient(walk: LayerWalk, plan: Plan, hidden: Tensor, target: Tensor, of: int) -> tuple[Tensor, Tensor]:
-    """The loss of some rows and its gradient: the only place where logits exist.
+    """The loss of some rows and its gradient; full logits never exist.
 
     Args:
         hidden: the last layer's output at these rows, `[1, n, D]`.
@@ -131,11 +181,9 @@ def loss_gradient(walk: LayerWalk, plan: Plan, hidden: Tensor, target: Tensor, o
     """
     hidden.requires_grad_()
     logits = walk.head(plan.final(hidden))
-    total, dlogits = dispatch.cross_entropy(logits[0].detach(), target)
-    # dlogits = softmax - onehot: the target's entry is its probability less 1
-    sure = (dlogits.gather(1, target[:, None]) > -0.5).sum()
+    counts, dlogits = _counted(logits[0].detach(), target)
     (gradient,) = torch.autograd.grad(logits, hidden, dlogits.div_(of)[None])
-    return torch.stack([total, sure.to(total)]), gradient
+    return counts, gradient
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from contextlib import closing
 
 from ogpstream.learner.draft import Draft
 from ogpstream.learner.report import Update
-from ogpstream.learner.units import named
 from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
+from ogpstream.memory.units import named
 
 
 def activating(updater: Updater, name: str, work: Generator[str, None, Update]) -> Generator[str, None, Update]:

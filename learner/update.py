@@ -19,6 +19,7 @@ from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.description import Describer
 from ogpstream.learner.draft import Draft, Growth
+from ogpstream.learner.judge import Judge
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.preflight import Preflight
 from ogpstream.learner.proposal import Proposal, Proposer
@@ -26,12 +27,12 @@ from ogpstream.learner.protection import Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
 from ogpstream.learner.staging import parts, staging_for
-from ogpstream.learner.step import Reading, sample_gradients
-from ogpstream.learner.units import named
+from ogpstream.learner.step import Reading, sample_gradients, sample_readings
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore, Served
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.scope import Scope
+from ogpstream.memory.units import named
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Updater:
         self.walk = LayerWalk(attachment.model)
         self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
         self.out_of_memory = 0
-        self._vocabulary = attachment.model.config.get_text_config().vocab_size
+        self._judge = Judge(config, attachment.model.config.get_text_config().vocab_size)
 
     def run(self, name: str, lessons: Sequence[Lesson], layers: int | None = None) -> Generator[str, None, Update]:
         """One optimizer step of one expert on the sum of the lessons' gradients.
@@ -117,6 +118,19 @@ class Updater:
         return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)
 
+    def look(self, lessons: Sequence[Lesson]) -> Generator[str, None, list[Reading]]:
+        """How well the completions of lessons are known by what is served now; changes nothing.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for it.
+        """
+        found: list[Reading] = []
+        for group in self.groups(lessons):
+            samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
+            found += yield from sample_readings(self.walk, self.attachment.binding, samples,
+                                                chunk=self.config.loss_chunk)
+        return found
+
     def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan], layers: int | None
              ) -> Generator[str, None, _Trial]:
         """Everything of an update that changes nothing."""
@@ -125,7 +139,7 @@ class Updater:
         gradients: list[Tensor] = []
         usable = [lesson for lesson in lessons if lesson.refusal is None]
         found: list[tuple[Reading, Tensor]] = []
-        for group, plan in zip(self._groups(usable), plans, strict=True):
+        for group, plan in zip(self.groups(usable), plans, strict=True):
             sinks = [self.staging.sink(expert) for _ in group]
             samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
             known = yield from sample_gradients(self.walk, self.attachment.binding, sinks, samples,
@@ -139,14 +153,14 @@ class Updater:
             gradients.append(gradient)
         losses = [reading.loss for reading in readings]
         norms = yield from named("norm", _norms(gradients))
-        refusals = [lesson.refusal or self._refusal(loss, norm)
+        refusals = [lesson.refusal or self._judge.refusal(loss, norm)
                     for lesson, loss, norm in zip(lessons, losses, norms, strict=True)]
         # an old sample that cannot be used any more does not keep a new one from being learned
         essential = [r for r, lesson in zip(refusals, lessons, strict=True) if not lesson.again] or refusals
         refusal = essential[0] if all(essential) else None
         moving = [g for g, loss, r in zip(gradients, losses, refusals, strict=True)
                   if r is None and loss >= config.settled_below]
-        learned = tuple(refusal is None and self._is_learned(lesson, reading)
+        learned = tuple(refusal is None and self._judge.learned(lesson.again, reading)
                         for lesson, reading in zip(lessons, readings, strict=True))
         offered = [self.staging.gathered(expert.layout, gradient)
                    for gradient, counts in zip(gradients, learned, strict=True) if counts]
@@ -226,7 +240,7 @@ class Updater:
     def plans(self, lessons: Sequence[Lesson], layers: int | None
               ) -> Iterator[tuple[list[Lesson], int, ActivationPlan]]:
         """The lessons that share a forward, its tokens with the padding, and how its activations are kept."""
-        for group in self._groups(lessons):
+        for group in self.groups(lessons):
             # attention's square term is that of one long sample, which is more than that of several short ones
             tokens = len(group) * max(len(lesson.ids) for lesson in group)
             yield group, tokens, self.preflight.plan(tokens, max(lesson.rows for lesson in group), layers)
@@ -246,7 +260,7 @@ class Updater:
             least = max((lesson.rows + 1 for lesson in lessons if lesson is not longest), default=0)
             raise NoRoom(min(len(longest.ids) - 1, max(longest.rows + longest.prompt_length // 2, least)))
 
-    def _groups(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
+    def groups(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
         """The lessons in order, those together that may share a forward."""
         groups: list[list[Lesson]] = []
         for lesson in lessons:
@@ -300,23 +314,6 @@ class Updater:
 
     def _active(self) -> list[Expert]:
         return [self.store.expert(name) for name in self.store.active]
-
-    def _is_learned(self, lesson: Lesson, reading: Reading) -> bool:
-        config = self.config
-        if config.guard == "gradient":
-            # the specification's form asks for the loss alone, and not for a second look
-            return reading.loss < config.learned_below
-        # the mean alone passes a completion of several tokens whose first one, which decides, is still a guess: six
-        # answers of four tokens guessed with equal chances have a loss of ln(6) / 4 = 0.45
-        return lesson.again and reading.loss < config.learned_below and reading.certain >= config.learned_share
-
-    def _refusal(self, loss: float, norm: float) -> str | None:
-        # a first loss of 13 to 26 x the running mean is normal where a new domain begins, so only the absurd is
-        # refused: twice the loss of guessing among all tokens
-        limit = 2.0 * math.log(self._vocabulary)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return "the loss or its gradient is not finite"
-        return f"the loss is {loss:.2f} nats per token, over the limit of {limit:.2f}" if loss > limit else None
 
 
 def _norms(gradients: Sequence[Tensor]) -> Generator[None, None, tuple[float, ...]]:

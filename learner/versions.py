@@ -7,7 +7,7 @@ import os
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.queue import RecordQueue
-from ogpstream.learner.units import exhausted
+from ogpstream.memory.units import exhausted
 
 
 class Versions:

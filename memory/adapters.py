@@ -25,6 +25,7 @@ from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 from ogpstream.memory.room import Room, Sources, put
 from ogpstream.memory.scope import Scope
+from ogpstream.memory.units import exhausted
 
 # matrices and scales of a served version start at multiples of 16 elements: 32 B in bf16, so that loads can be vector
 # loads, and one kernel serves all of a shape
@@ -230,13 +231,8 @@ class AdapterStore:
         Args:
             version: number of the new version; one more than the served one if None.
         """
-        work = self.building(self._active, self._experts, version)
-        while True:
-            try:
-                next(work)
-            except StopIteration as end:
-                self.served = end.value
-                return self.served
+        self.served = exhausted(self.building(self._active, self._experts, version))
+        return self.served
 
     def building(self, active: Mapping[str, float], experts: Mapping[str, Expert], version: int | None = None,
                  scope: Scope | None = None) -> Generator[None, None, Served]:
@@ -327,9 +323,14 @@ class AdapterStore:
         own, meta["scope"] = self.scope.state_dict()
         return tensors | {f"scope.{key}": tensor for key, tensor in own.items()}, meta
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Replace all experts by a saved state, bit for bit, and publish it under its version; copies the
-        tensors.
+    def load_state_dict(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], version: int | None = None
+                        ) -> None:
+        """Replace all experts by a saved state, bit for bit, and publish it; copies the tensors.
+
+        Memory may run out, as in `publish`; nothing has changed then.
+
+        Args:
+            version: number of the published version; the saved one if None.
 
         Raises:
             ValueError: other sites, or a tensor that is missing or of another shape or dtype. Nothing
@@ -350,8 +351,8 @@ class AdapterStore:
             raise ValueError(f"the saved active experts {list(active)} do not fit: max_active is {self.max_active}")
         scope = Scope.from_state_dict({key.removeprefix("scope."): tensor for key, tensor in tensors.items()
                                        if key.startswith("scope.")}, meta["scope"])
-        self._experts, self._active, self.scope = experts, active, scope
-        self.publish(int(meta["version"]))
+        served = exhausted(self.building(active, experts, int(meta["version"]) if version is None else version, scope))
+        self._experts, self._active, self.scope, self.served = experts, active, scope, served
 
     def _ranks(self, experts: Sequence[Expert]) -> list[int]:
         """Columns of the pack of each site."""

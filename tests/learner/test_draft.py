@@ -27,12 +27,12 @@ from ogpstream.learner import (
 from ogpstream.learner.draft import Draft, candidates
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.protection import Protection
-from ogpstream.learner.units import exhausted
 from ogpstream.memory import adapters
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import SiteShape
+from ogpstream.memory.units import exhausted
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 

@@ -25,7 +25,6 @@ from ogpstream.learner.protection import Protection, Use
 from ogpstream.learner.state import Counters, LearnerState, Position
 from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
-from ogpstream.learner.units import exhausted
 from ogpstream.learner.update import Updater
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
@@ -33,6 +32,7 @@ from ogpstream.memory.experts import Held
 from ogpstream.memory.layout import SiteShape
 from ogpstream.memory.replay import ReplayRing
 from ogpstream.memory.seen import SeenIds
+from ogpstream.memory.units import exhausted
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 

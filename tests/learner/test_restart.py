@@ -14,10 +14,10 @@ from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.learner.draft import Draft, Growth, fold_now
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.restart import fresh_factors, read_directions
-from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.layout import Layout, SiteShape
+from ogpstream.memory.units import exhausted
 
 # two linears of one input and one of another
 SITES = (SiteShape("q", 40, 24, "x"), SiteShape("k", 40, 9, "x"), SiteShape("down", 30, 40, "z"))

@@ -12,10 +12,10 @@ from torch import Tensor
 from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, staging, update
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.staging import Lean, Piece, PieceSink, Resident, Staging, in_pieces
-from ogpstream.learner.units import exhausted
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.basis import ProjectionBasis
 from ogpstream.memory.layout import Layout, SiteShape
+from ogpstream.memory.units import exhausted
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 CPU = torch.device("cpu")
@@ -139,6 +139,18 @@ def test_the_norm_of_a_gradient_is_taken_piece_by_piece(monkeypatch: pytest.Monk
         units += 1
     assert units == 6
     assert norms == pytest.approx([float(gradient.norm()), 2 * float(gradient.norm())], rel=1e-12)
+
+
+def test_no_unit_has_more_than_a_piece_of_an_expert(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where norms are taken, nor where what a step leaves alone is copied."""
+    monkeypatch.setattr(staging, "FACTORS", 1000)
+    learner = _learner(tiny_model, None)
+    learner.learn_batch([_sample(0)])
+    pieces = -(-learner.state.store.expert("default").factors.numel() // 1000)
+    assert pieces > 2
+    units = list(learner._updater.run("default", [Lesson([*range(20, 32)], 5, again=True)], 1))
+    # of masters and both moments
+    assert (units.count("norm"), units.count("untouched")) == (pieces, 3 * pieces)
 
 
 @pytest.mark.parametrize("mode", [None, "a host in pieces", *MODES])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ogpstream.learner import Sample, StateError, StreamLearner
 from ogpstream.memory import journal
+from ogpstream.memory.adapters import AdapterStore
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 MakeLearner = Callable[..., StreamLearner]
@@ -188,6 +189,69 @@ def test_a_rollback_that_cannot_be_written_down_changes_nothing(make: MakeLearne
         ends.append((learner.state_sha256(), learner.version, learner.state.counters.quarantined))
         learner.close()
     assert ends[0] == ends[1]
+
+
+def _no_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("injected")
+
+
+def _counting(made: list[Any]) -> Any:
+    reserve = AdapterStore.reserve
+
+    def counted(store: AdapterStore, experts: Any) -> Any:
+        made.append(store)
+        return reserve(store, experts)
+
+    return counted
+
+
+def test_a_rollback_without_memory_changes_nothing_and_is_made_later(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+    for broken in (False, True):
+        learner = make(state_dir=tmp_path / str(broken))
+        learner.learn_one(_sample(0, id="s0"))
+        learner.save_state()
+        good = learner.version
+        for seed in range(1, 4):
+            learner.learn_one(_sample(seed, id=f"s{seed}"))
+        if broken:
+            before, served = learner.state_sha256(), learner.attachment.binding.served
+            with monkeypatch.context() as patch:
+                patch.setattr(AdapterStore, "reserve", _no_memory)
+                with pytest.raises(torch.OutOfMemoryError):
+                    learner.rollback(good)
+            assert learner.state_sha256() == before and learner.attachment.binding.served is served
+            assert learner.state.store.served is served
+            learner.drain()
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(AdapterStore, "reserve", _counting(made := []))
+                learner.rollback(good)
+            # one version beside the served one, as in an update
+            assert len(made) == 1
+        ends.append((learner.state_sha256(), learner.version, learner.state.counters))
+        learner.close()
+        again = StreamLearner.load_state(tmp_path / str(broken), tiny_model("llama", num_hidden_layers=1))
+        assert (again.state_sha256(), again.version, again.state.counters) == ends[-1]
+        again.close()
+    assert ends[0] == ends[1]
+
+
+def test_experts_change_without_memory_or_not_at_all(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make()
+    learner.add_expert("law")
+    learner.learn_one(_sample(0))
+    before, served = learner.state_sha256(), learner.attachment.binding.served
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStore, "reserve", _no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            learner.activate({"law": 1.0})
+    assert learner.state_sha256() == before and learner.attachment.binding.served is served
+    assert list(learner.state.store.active) == ["default"]
+    learner.drain()
+    assert list(learner.state.store.active) == ["law"] == list(learner.attachment.binding.served.experts)
 
 
 def test_a_quarantine_that_failed_once_is_written_the_next_time(make: MakeLearner, tmp_path: Path,

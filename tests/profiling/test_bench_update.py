@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ogpstream.learner import LearnerConfig
-from ogpstream.learner.units import exhausted
+from ogpstream.memory.units import exhausted
 from ogpstream.profiling.bench import register
 from ogpstream.profiling.update_providers import Work, providers
 from ogpstream.profiling.vram import llama_config

@@ -52,6 +52,13 @@ def _small(source: str) -> str:
     return source.replace("num_hidden_layers=32", "num_hidden_layers=2")
 
 
+@pytest.mark.parametrize("name", ["learning_state", "activations", "serving_copy", "scope", "total"])
+def test_every_budget_is_held(tmp_path: Path, name: str) -> None:
+    status, output = _run(tmp_path, _small(EXAMPLE).replace('learning_state="2.32MB", activations="256MiB"',
+                                                            f'{name}="1kB"'))
+    assert status == 1 and f"{name} " in output and "over 1,000" in output, output
+
+
 def test_the_documented_example_holds(tmp_path: Path) -> None:
     status, output = _run(tmp_path, _small(EXAMPLE))
     assert status == 0, output

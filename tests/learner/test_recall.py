@@ -1,0 +1,175 @@
+"""Which old samples come back in idle time: of some by chance, those that the model knows least by then."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner, recall, update
+from ogpstream.learner.lesson import Lesson
+from ogpstream.learner.step import sample_readings
+from ogpstream.memory.units import exhausted
+
+MakeLearner = Callable[..., StreamLearner]
+
+
+def _sample(seed: int, length: int = 4) -> Sample:
+    draw = random.Random(seed)
+    ids = [draw.randrange(1, 90) for _ in range(6 + length)]
+    return Sample(prompt_ids=ids[:6], completion_ids=ids[6:])
+
+
+def _loss(model: tf.PreTrainedModel, ids: list[int], prompt_length: int) -> tuple[float, float]:
+    """(Loss, share of tokens over half of the probability) by the model's own forward."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, prompt_length - 1 : -1]
+    target = torch.tensor(ids[prompt_length:])
+    likely = logits.softmax(-1).gather(1, target[:, None]) > 0.5
+    return float(F.cross_entropy(logits, target)), float(likely.float().mean())
+
+
+@pytest.mark.parametrize("chunk", [2, 128])
+def test_a_look_reads_what_the_model_says(tiny_model: Callable[..., tf.PreTrainedModel], chunk: int) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        # sure of everything, so that some of what follows is known
+        model.lm_head.weight.mul_(100)
+    learner = StreamLearner(model, None, LearnerConfig(rank=3, lr=0.02, warm_start=False, served_to="all"))
+    learner.learn_batch([_sample(seed) for seed in range(3)])
+    samples = [([*sample.prompt_ids, *sample.completion_ids], 6) for sample in (_sample(n, 3 + n) for n in range(4))]
+    known = model.generate(torch.tensor([samples[0][0][:6]]), max_new_tokens=4, do_sample=False)[0].tolist()
+    samples.append((known, 6))
+    before, updater = learner.state_sha256(), learner._updater
+    readings = exhausted(sample_readings(updater.walk, learner.attachment.binding, samples, chunk=chunk))
+    for (ids, prompt_length), reading in zip(samples, readings, strict=True):
+        loss, certain = _loss(model, ids, prompt_length)
+        assert reading.loss == pytest.approx(loss, rel=1e-4, abs=1e-5) and reading.certain == pytest.approx(certain)
+    assert readings[-1].certain > 0.5 > readings[0].certain
+    assert learner.state_sha256() == before
+    learner.close()
+
+
+class _Watched:
+    """The lessons of every look and of every update after it."""
+
+    def __init__(self, learner: StreamLearner, patch: pytest.MonkeyPatch) -> None:
+        updater = learner._updater
+        self.looked: list[list[list[int]]] = []
+        self.trained: list[list[list[int]]] = []
+        for name, place in (("look", self.looked), ("run", self.trained)):
+            patch.setattr(updater, name, self._noting(getattr(updater, name), place))
+
+    @staticmethod
+    def _noting(real: Callable[..., Any], place: list[list[list[int]]]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            lessons: Sequence[Lesson] = args[-1] if isinstance(args[0], list) else args[1]
+            place.append([list(lesson.ids) for lesson in lessons])
+            return real(*args)
+
+        return noted
+
+
+def _taught(make: MakeLearner, count: int = 12, **changes: Any) -> StreamLearner:
+    learner = make(rehearsals=0, replay_every=0, **changes)
+    learner.learn_batch([_sample(seed) for seed in range(count)])
+    learner.consolidate()
+    return learner
+
+
+def test_idle_time_goes_to_what_is_known_least(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = _taught(make, rehearsal_candidates=5, rehearsal_batch=2)
+    watched = _Watched(learner, monkeypatch)
+    for _ in range(4):
+        model = learner.model
+        known = {tuple(slot.ids.tolist()): _loss(model, slot.ids.tolist(), slot.prompt_length)[0]
+                 for slot in map(learner.state.ring.get, learner.state.ring.slots)}
+        learner.consolidate(1)
+        looked = watched.looked[-1]
+        assert len(looked) == len({tuple(ids) for ids in looked}) == 5
+        assert watched.trained[-1] == sorted(looked, key=lambda ids: -known[tuple(ids)])[:2]
+    assert len(watched.looked) == 4
+    # and not the same ones always
+    assert len({tuple(ids) for looked in watched.looked for ids in looked}) > 5
+
+
+def test_without_candidates_samples_come_back_by_chance(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    for candidates in (0, 2):
+        learner = _taught(make, rehearsal_candidates=candidates, rehearsal_batch=2)
+        watched = _Watched(learner, monkeypatch)
+        first = learner.queue.applier.recall.draw(1)
+        both = first + learner.queue.applier.recall.draw(1, expert="default", but=first)
+        learner.consolidate(1)
+        assert watched.trained == [[slot.ids.tolist() for slot in both]] and not watched.looked
+
+
+def test_what_waits_for_its_first_rehearsal_comes_first(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make(rehearsals=0, replay_every=0, rehearsal_candidates=3)
+    learner.learn_batch([_sample(seed) for seed in range(3)])
+    watched = _Watched(learner, monkeypatch)
+    learner.consolidate()
+    assert [len(lessons) for lessons in watched.trained] == [1, 1, 1] and not watched.looked
+
+
+def test_no_more_is_looked_at_than_one_sample_may_have(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "LOOKED", 35)
+    learner = _taught(make, rehearsal_candidates=8, rehearsal_batch=2)
+    # of ten tokens each
+    assert len(learner.queue.applier.recall.candidates(2)) == 3
+    # what is rehearsed anyway is there however long it is
+    assert len(learner.queue.applier.recall.candidates(5)) == 5
+
+
+def test_an_expert_that_is_not_served_is_not_judged_without_it(make: MakeLearner, monkeypatch: pytest.MonkeyPatch
+                                                               ) -> None:
+    learner = _taught(make, rehearsal_candidates=5)
+    learner.add_expert("other")
+    learner.activate({"other": 1.0})
+    watched = _Watched(learner, monkeypatch)
+    learner.consolidate(1)
+    assert watched.trained and not watched.looked
+
+
+def test_a_consolidation_that_is_aborted_anywhere_ends_in_the_same_state(make: MakeLearner) -> None:
+    whole, learner = (_taught(make, rehearsal_candidates=5) for _ in range(2))
+    whole.consolidate(3)
+    learner.accept_rehearsal(3)
+    draw, units = random.Random(0), []
+    while learner.pending:
+        work: Iterator[str] = learner.queue.drain()
+        for unit in work:
+            units.append(unit)
+            if draw.random() < 0.1:
+                break
+        work.close()
+    assert "look" in units
+    assert learner.state_sha256() == whole.state_sha256()
+
+
+def test_without_memory_to_look_chance_decides_and_recovery_repeats_it(
+    make: MakeLearner, tiny_model: Callable[..., tf.PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learner = _taught(make, state_dir=tmp_path / "state", rehearsal_candidates=5)
+    drawn = learner.queue.applier.recall.candidates(2)
+    watched = _Watched(learner, monkeypatch)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "sample_readings", full)
+        learner.consolidate(1)
+    assert watched.trained == [[slot.ids.tolist() for slot in drawn[:2]]]
+    assert "5 old samples" in caplog.text and learner.queue.applier.updater.out_of_memory == 1
+    learner.consolidate(1)
+    state = learner.state_sha256()
+    learner.close()
+    # where there is memory
+    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    assert again.state_sha256() == state
+    again.close()
