@@ -1,4 +1,4 @@
-"""Records applied in order: the one place where the state of a learner changes.
+"""Records applied in order: with `operations` the one place where the state of a learner changes.
 
 A record is a JSON object with `kind` and `seq`. Applying it is a function of the state and the record alone, so
 repeating the journal repeats the history. A record of several updates counts those that are done in `position`, and

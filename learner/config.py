@@ -94,7 +94,7 @@ class LearnerConfig:
     # memory
     activation_budget_mib: int = 256  # on the model's device, for one sample: what is kept, and prompts, adapt to it
 
-    # lean: 2 MB of masters, moments and gradients at a time at width 2048; resident: all of them, 31 MiB there
+    # lean: 2 MB of masters, moments and gradients at a time at width 2048; resident: all of them, 35 MiB there
     learning_state: LearningState = "lean"  # on a GPU; on a CPU they are in its memory anyway
 
     # durability

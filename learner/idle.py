@@ -100,7 +100,7 @@ class IdleLoop:
         self._rehearses = consolidate
         self._rested = False  # nothing was left to rehearse
         self._announced = learner.version
-        self._ran = False  # a unit, since the loop last stood back
+        self._ran = 0  # units, since the engine was last asked whether it is idle
         self._last_unit = clock()
         self._retry, self._retry_at = RETRY[0], clock()
         self._done = LoopStatus()
@@ -256,6 +256,7 @@ class IdleLoop:
                 self._announce()
                 if not (impatient or self._engine.is_idle()):
                     return self._stand_back(impatient, waited=True)
+                self._ran = 0
                 self._unit()
                 self._announce()
         except EngineBusy:
@@ -281,8 +282,9 @@ class IdleLoop:
             except BaseException:
                 self._work = None  # it is at its end, and would pass for a record that was applied
                 raise
-        # in no request's way
-        self._last_unit, self._ran = self._clock(), not writing
+        self._last_unit = self._clock()
+        # a writing one is in no request's way
+        self._ran = 0 if writing else self._ran + 1
         took = self._last_unit - started
         self._duty.spend(took)
         longest = self._done.longest_unit if writing else max(self._done.longest_unit, took)
@@ -334,9 +336,9 @@ class IdleLoop:
     def _stand_back(self, impatient: bool, *, waited: bool = False) -> bool:
         """Run no unit, for a request if one `waited`; an update that stands back too long gives its memory back."""
         if self._ran and waited:
-            ahead = max(1, self._done.longest_wait, self._fence.ahead())
+            ahead = max(self._ran, self._done.longest_wait, self._fence.ahead())
             self._done = replace(self._done, waits=self._done.waits + 1, longest_wait=ahead)
-        self._ran = False
+        self._ran = 0
         if self._work is not None and not impatient and self._clock() - self._last_unit >= self._hold:
             with self._desk.learning():
                 self._drop()

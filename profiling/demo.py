@@ -19,7 +19,8 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    model: Annotated[str | None, typer.Option(help="a model of yours, path or hub id; by default one is made")] = None,
+    model: Annotated[str | None, typer.Option(help="a model of yours, path or hub id, at the rate and base anchor that "
+                                              "were found for the one that is made otherwise")] = None,
     out: Annotated[Path, typer.Option(help="folder for the picture, the adapter and the result")] = Path("demo-out"),
     cache: Annotated[Path | None, typer.Option(help="where the made base model is kept")] = None,
     seed: Annotated[int, typer.Option(help="order of the stream")] = 0,
@@ -57,6 +58,9 @@ def demo(
                   highlight=False)
     if as_json:
         typer.echo(json.dumps(values))
+    if not values["resumed_exactly"]:
+        tell("the learner that was killed did not come back to the state of the other one: this is a fault, report it")
+        raise typer.Exit(1)
 
 
 def default_cache() -> Path:

@@ -1,4 +1,4 @@
-"""One update of one sample, three ways, on models with the same weights and the same targets, rank and bases.
+"""One update of one sample, four ways, on models with the same weights and the same targets, rank and bases.
 
     ours    `Updater.run`: gradient, Adam, projection of the gradient and of A, publishing
     peft    PEFT as it is used: the model's own loss of `labels`, autograd, AdamW over all factors in one call, and the

@@ -42,9 +42,9 @@ WIDTHS = {"q": (24, 17), "k": (24, 5), "o": (24, 11), "down": (37, 24)}
 LAYER = {"q": "q", "k": "q", "o": "o", "down": "down"}
 SHARED = {"q": "d24", "k": "d24", "o": "d24", "down": "d37"}
 EXPERTS = {"default": 3, "narrow": 1, "other": 4}
-# what a gradient stands for: its seed chooses the input directions, so that a seed that comes back brings them back
 # the linears of the top layers, by the number of these
 TOP = {1: {"down"}, 2: {"o", "down"}}
+# what a gradient stands for: its seed chooses the input directions, so that a seed that comes back brings them back
 LOSSES = {"new": 1.5, "learned": 0.3, "settled": 0.01}
 
 

@@ -211,11 +211,11 @@ def test_lessons_share_a_forward_as_long_as_they_are_short(
 ) -> None:
     learner = StreamLearner(tiny_model("llama"), config=LearnerConfig(rank=3, warm_start=False, shared_tokens=24))
     lessons = [Lesson(_ids(seed, length), PROMPT, again=False) for seed, length in enumerate((8, 8, 8, 9, 11, 30, 5))]
-    lengths = [[len(one.ids) for one in group] for group in learner._updater._groups(lessons)]
+    lengths = [[len(one.ids) for one in group] for group in learner._updater.groups(lessons)]
     assert lengths == [[8, 8, 8], [9, 11], [30], [5]]
     # the linears of routed experts see tokens of all samples mixed
     monkeypatch.setattr(learner.attachment, "batches", False)
-    assert [len(group) for group in learner._updater._groups(lessons)] == [1] * 7
+    assert [len(group) for group in learner._updater.groups(lessons)] == [1] * 7
     learner.close()
 
 
