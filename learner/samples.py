@@ -138,6 +138,10 @@ class Sample:
         other = {key: value for key, value in record.items() if key not in _KEYS}
         if record.get("label") is False:
             values["label"] = False
+        elif isinstance(record.get("label"), str) and record["label"].strip().lower() == "false":
+            # what may have been meant as a mark must not be learned
+            refuse(f"label is {shown(record['label'])}",
+                   "write false without quotes for an answer that was wrong, or put the name of a class into meta")
         elif "label" in record:
             other["label"] = record["label"]
         meta = {} if record.get("meta") is None else record["meta"]

@@ -338,9 +338,14 @@ def test_an_interrupt_is_one_line_and_the_next_run_goes_on(place, run, tmp_path,
         if len(calls) == 3:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cli.LearnProgress, "update", interrupted)
-        one_line(*run(*learn(tmp_path, **good)), "interrupted", "goes on where it was", exit_status=130)
+    # a shell has its background jobs ignore it
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.LearnProgress, "update", interrupted)
+            one_line(*run(*learn(tmp_path, **good)), "interrupted", "goes on where it was", exit_status=130)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     code, out, _ = run(*learn(tmp_path, "--json", **good))
     assert code == 0
     expected = json.loads(run("status", "--state", place / "state", "--json")[1][0])

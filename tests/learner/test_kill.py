@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ogpstream.learner import cli, stream
+from ogpstream.learner import amendments, cli, stream
 from ogpstream.learner.apply import Applier
 from ogpstream.learner.samples import Sample
 from ogpstream.learner.status import read_status
@@ -45,10 +45,10 @@ def job(tiny_model, tiny_tokenizer, tmp_path_factory):
 
 
 def guard(real):
-    """Applier._limited with a guard that refuses completions of MARK."""
+    """`amendments.limited` with a guard that refuses completions of MARK."""
 
-    def limited(self, lesson, record, update):
-        found = real(self, lesson, record, update)
+    def limited(lesson, record, *given):
+        found = real(lesson, record, *given)
         bad = record.get("id") == "g" and record["digest"] == Sample("a", MARK, id="g").digest
         return replace(found, refusal="of the mark") if bad and not lesson.again else found
 
@@ -90,7 +90,7 @@ def learn(job, state, *, kill_at=None, count_in=None, events=EVENTS, group=6):
 
         for holder, name in events:
             setattr(holder, name, watched(getattr(holder, name), name))
-        Applier._limited = guard(Applier._limited)
+        amendments.limited = guard(amendments.limited)
         # small groups: some are acknowledged, one is half applied, some are still in the file
         stream.learn_file = functools.partial(learn_file, group=group)
         code = cli.main([*job, "--state", str(state)])

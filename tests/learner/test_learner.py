@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, update
+from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, judge, update
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.step import Reading
 from ogpstream.memory.replay import SlotFlag
@@ -393,7 +393,7 @@ def test_the_state_holds_no_importance_of_parameters(make: MakeLearner, optimize
 def test_what_is_refused_is_written_in_a_unit_of_its_own(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a server that is outside of its lock; dropped behind it, nothing has changed."""
     learner = make()
-    monkeypatch.setattr(update.Updater, "_refusal", lambda *_: "not today")
+    monkeypatch.setattr(judge.Judge, "refusal", lambda *_: "not today")
     units: list[str] = []
     written: list[tuple[str, int]] = []
     monkeypatch.setattr(learner._applier.folder, "quarantine",

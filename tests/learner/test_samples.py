@@ -31,7 +31,7 @@ def test_prompt_and_completion_with_everything_optional():
     assert parse({"prompt": "", "completion": "x", "id": 12}).id == "12"
 
 
-@pytest.mark.parametrize("label", [True, None, 0, "false", "", [], 0.0])
+@pytest.mark.parametrize("label", [True, None, 0, "no", "", [], 0.0])
 def test_only_the_json_false_marks_a_sample_as_wrong(label):
     sample = parse({"prompt": "a", "completion": "b", "label": label})
     assert sample.trained and sample.label is None
@@ -100,6 +100,8 @@ BAD = [
     ({"prompt_ids": [1], "completion_ids": [True]}, "completion_ids has True"),
     ({"prompt_ids": [1.0], "completion_ids": [1]}, "prompt_ids has 1.0"),
     ({"prompt_ids": "12", "completion_ids": [1]}, "prompt_ids is text"),
+    ({"prompt": "a", "completion": "b", "label": "false"}, "label is .*; write false without quotes"),
+    ({"prompt": "a", "completion": "b", "label": " False"}, "label is .*; write false without quotes"),
     ({"prompt": "a", "completion": "b", "lable": False}, "'lable' is not known, the nearest is \"label\"; .*meta"),
     ({"prompt": "a", "completion": "b", "Label": False}, "'Label' is not known.*known are prompt, completion"),
     ({"prompt": "a", "completion": "b", "expret": "law"}, "nearest is \"expert\""),

@@ -300,7 +300,7 @@ def test_an_update_dropped_at_any_unit_changes_nothing(tiny_model: TinyModel, gu
     units, _ = _exhaust(whole.step(_sample(9)))
     # the specification's form lets P grow by what a first look says
     own = {"average"} if guard == "fold" else {"growth"}
-    assert {"plan", "forward", "loss", "backward", "gradient", "optimizer", "anchor", "projection",
+    assert {"plan", "forward", "loss", "backward", "norm", "gradient", "optimizer", "anchor", "projection",
             "publish", *own} == set(units)
     version = learner.version
     for stop in range(1, len(units) + 1):
