@@ -84,6 +84,8 @@ class Applier:
                 report = yield from self._sample(record)
             case "rehearse":
                 report = yield from self._rehearsals(record)
+            case "refresh":
+                report = yield from self._refresh(record)
             case _:
                 report = self.operations.run(record, self.folder)
         self.state.position = Position(record["seq"], 0)
@@ -190,13 +192,37 @@ class Applier:
         while self.state.position.done < record["updates"] and len(self.state.ring):
             count = 1 if record["waiting_only"] else self.config.rehearsal_batch
             updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
+        report = yield from self._rehearsed(record, updates)
+        self.state.counters.consolidations += 1
+        return replace(report, updates=self.state.position.done)
+
+    def _rehearsed(self, record: Record, updates: Sequence[Update]) -> Generator[str, None, RehearsalReport]:
+        """The end of a rehearsal: experts that are due restart."""
         admitted = sum(update.admitted for update in updates)
         for name in self.state.store.active:
             admitted += yield from self._restart(record, name)
-        self.state.counters.consolidations += 1
         losses = [loss for update in updates for loss in update.losses if math.isfinite(loss)]
-        return RehearsalReport(self.state.position.done, self.state.store.served.version,
+        return RehearsalReport(len(updates), self.state.store.served.version,
                                sum(losses) / len(losses) if losses else None, admitted)
+
+    def _refresh(self, record: Record) -> Generator[str, None, RehearsalReport]:
+        """A look at a part of the ring, and one update on the worst of what is not known any more."""
+        updates: list[Update] = []
+        # owed where it was aborted after its update
+        yield from self._save()
+        slots, readings, forgotten = self.recall.part(record["place"]), list[Reading](), list[Slot]()
+        if slots and not self.state.position.done:
+            readings = yield from self._looked(record, slots)
+            order = sorted(range(len(readings)), key=lambda number: _forgotten_by(readings[number]), reverse=True)
+            forgotten = [slots[number] for number in order if not self.updater.judge.learned(True, readings[number])]
+            one = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]
+            if one:
+                updates.append((yield from self._update(record, one[0].expert, [_lesson(slot) for slot in one])))
+                self.recall.note(one, updates[0], first=0)
+                self._commit(gradients=len(one))
+                yield from self._save()
+        report = yield from self._rehearsed(record, updates)
+        return replace(report, looked=len(readings), known=len(readings) - len(forgotten))
 
     def _restart(self, record: Record, name: str) -> Generator[str, None, int]:
         """Restart an expert if it is due; where there is no memory for it, it is put off. Returns how much P grew."""
@@ -237,24 +263,32 @@ class Applier:
 
     def _forgotten(self, record: Record, count: int) -> Generator[str, None, list[Slot]]:
         """Of random old samples of one expert those that are known least now."""
-        drawn, done = self.recall.candidates(count), self.state.position.done
+        drawn = self.recall.candidates(count)
         # one that is not served would be judged without its expert
-        looks = len(drawn) > count and drawn[0].expert in self.state.store.active
-        if not looks or amendments.is_blind(record, done):
-            return drawn[:count]
+        if len(drawn) > count and drawn[0].expert in self.state.store.active:
+            readings = yield from self._looked(record, drawn)
+            # in the order that they were drawn where nothing was seen of them
+            order = sorted(range(len(readings)), key=lambda number: _forgotten_by(readings[number]), reverse=True)
+            drawn = [drawn[number] for number in order] or drawn
+        return drawn[:count]
+
+    def _looked(self, record: Record, slots: Sequence[Slot]) -> Generator[str, None, list[Reading]]:
+        """How well old samples are known now; nothing where there is no memory to see it."""
+        done = self.state.position.done
+        if amendments.is_blind(record, done):
+            return []
         try:
-            readings = yield from self.updater.look([_lesson(slot) for slot in drawn])
-            order = sorted(range(len(drawn)), key=lambda number: _forgotten_by(readings[number]), reverse=True)
-            return [drawn[number] for number in order[:count]]
+            return (yield from self.updater.look([_lesson(slot) for slot in slots]))
         except torch.OutOfMemoryError:
             # what was computed is held by the exception, so room is made after this block
             pass
         self.updater.ran_out()
-        _log.warning("out of memory while %d old samples were looked at: the first %d are rehearsed", len(drawn), count)
+        _log.warning("out of memory while %d old samples were looked at: chance decides which ones are rehearsed",
+                     len(slots))
         yield WRITES
         self.acknowledge([{"kind": "blind", "of": record["seq"], "done": done}])
         yield "written"
-        return drawn[:count]
+        return []
 
     def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
         """One update within the time budget; where memory runs out in every mode, another with less of the prompts."""

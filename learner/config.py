@@ -82,7 +82,8 @@ class LearnerConfig:
     # them 90 % of corrections stick at once, without 22 %; but over a long stream 3 forget more (accuracy .76 for .79)
     repeats: int = 0
     rehearsal_batch: int = 2  # old samples in one update of `consolidate`
-    # old samples, by chance, of which those with the highest loss are in it; at most 1024 tokens are looked at
+    # old samples, by chance, of which those with the highest loss are in it: at most 1024 tokens are looked at, and one
+    # of 24 samples in the ring
     rehearsal_candidates: int = 8
 
     # samples

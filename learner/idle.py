@@ -330,7 +330,7 @@ class IdleLoop:
         if self._learner.pending:
             return True
         with self._desk.learning() as learner:
-            self._rested = not (learner.pending or learner.accept_rehearsal(limit=1))
+            self._rested = not (learner.pending or learner.accept_rehearsal(limit=1) or learner.accept_refresh())
         return not self._rested
 
     def _stand_back(self, impatient: bool, *, waited: bool = False) -> bool:

@@ -11,6 +11,7 @@ from ogpstream.learner.errors import SampleError
 from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import SampleReport
+from ogpstream.learner.rounds import Rounds
 from ogpstream.learner.samples import Refused, Sample, refuse
 from ogpstream.learner.state import SLOT_TOKENS
 
@@ -33,6 +34,7 @@ class Intake:
         self.tokenizer = tokenizer
         self._queue = queue
         applier = queue.applier
+        self.rounds = Rounds(applier.state)
         self._state, self._config, self._preflight = applier.state, applier.config, applier.updater.preflight
         text = applier.updater.attachment.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
@@ -98,6 +100,14 @@ class Intake:
         if not count or not len(self._state.ring):
             return False
         self._queue.acknowledge([{"kind": "rehearse", "updates": count, "waiting_only": updates is None}])
+        return True
+
+    def accept_refresh(self) -> bool:
+        """See `StreamLearner.accept_refresh`."""
+        place = self.rounds.next()
+        if place is None:
+            return False
+        self._queue.acknowledge([{"kind": "refresh", "place": place}])
         return True
 
     def encode(self, sample: Sample) -> Encoded:

@@ -336,6 +336,32 @@ class StreamLearner:
         assert isinstance(report, RehearsalReport)
         return report
 
+    def accept_refresh(self) -> bool:
+        """Acknowledge a look at the next part of the ring, which is made by the next call of any learning method.
+
+        Returns:
+            False where a round found nothing forgotten, or many rounds did not end it.
+        """
+        return self._intake.accept_refresh()
+
+    def refresh(self) -> RehearsalReport:
+        """Rehearse what is forgotten: look at all samples of the ring, round after round, until all are known.
+
+        It ends after 16 rounds without a new sample, since some things may not be learnable beside others. A round of
+        a full ring is 512 looks at 8 samples, each a forward, and an update for each look that finds one forgotten.
+        """
+        self.drain()
+        updates, admitted, version = 0, 0, self.version
+        seen: dict[int, tuple[int, int]] = {}
+        while self.accept_refresh():
+            place = self._intake.rounds.place
+            report = self.drain()
+            assert isinstance(report, RehearsalReport)
+            updates, admitted, version = updates + report.updates, admitted + report.admitted, report.version
+            seen[place] = report.looked, report.known
+        looked, known = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)
+        return RehearsalReport(updates, version, None, admitted, looked, known)
+
     def drain(self) -> Report:
         """Apply everything that is acknowledged and pending; the report of the last record."""
         return exhausted(self.queue.drain())

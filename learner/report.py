@@ -99,12 +99,19 @@ class SampleReport:
 
 @dataclass(frozen=True)
 class RehearsalReport:
-    """What a consolidation or the end of a file did."""
+    """What a consolidation, a refresh or the end of a file did.
+
+    Attributes:
+        looked: samples of the ring that a refresh looked at, each counted once.
+        known: of these, when it looked last.
+    """
 
     updates: int
     version: int
     mean_loss: float | None = None
     admitted: int = 0
+    looked: int = 0
+    known: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Updater:
         self.walk = LayerWalk(attachment.model)
         self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
         self.out_of_memory = 0
-        self._judge = Judge(config, attachment.model.config.get_text_config().vocab_size)
+        self.judge = Judge(config, attachment.model.config.get_text_config().vocab_size)
 
     def run(self, name: str, lessons: Sequence[Lesson], layers: int | None = None) -> Generator[str, None, Update]:
         """One optimizer step of one expert on the sum of the lessons' gradients.
@@ -153,14 +153,14 @@ class Updater:
             gradients.append(gradient)
         losses = [reading.loss for reading in readings]
         norms = yield from named("norm", _norms(gradients))
-        refusals = [lesson.refusal or self._judge.refusal(loss, norm)
+        refusals = [lesson.refusal or self.judge.refusal(loss, norm)
                     for lesson, loss, norm in zip(lessons, losses, norms, strict=True)]
         # an old sample that cannot be used any more does not keep a new one from being learned
         essential = [r for r, lesson in zip(refusals, lessons, strict=True) if not lesson.again] or refusals
         refusal = essential[0] if all(essential) else None
         moving = [g for g, loss, r in zip(gradients, losses, refusals, strict=True)
                   if r is None and loss >= config.settled_below]
-        learned = tuple(refusal is None and self._judge.learned(lesson.again, reading)
+        learned = tuple(refusal is None and self.judge.learned(lesson.again, reading)
                         for lesson, reading in zip(lessons, readings, strict=True))
         offered = [self.staging.gathered(expert.layout, gradient)
                    for gradient, counts in zip(gradients, learned, strict=True) if counts]

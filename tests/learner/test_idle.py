@@ -407,7 +407,7 @@ def test_what_a_guard_refused_before_is_rejected_as_everywhere(
     learner = make()
     loop = IdleLoop(learner, Engine(), consolidate=False, clock=Clock())
     with monkeypatch.context() as patch:
-        patch.setattr(learner._updater._judge, "_vocabulary", 1.0001)
+        patch.setattr(learner._updater.judge, "_vocabulary", 1.0001)
         first = loop.submit(_sample(0, id="a"))
         _finish(loop)
         assert first.result(timeout=0).status == "rejected"

@@ -69,7 +69,7 @@ def test_what_a_guard_refused_is_learned_once_it_is_another(
     learner = make()
     bad, mended = _sample(0, id="a"), _sample(1, id="a")
     with monkeypatch.context() as patch:
-        patch.setattr(learner._updater._judge, "_vocabulary", 1.0001)
+        patch.setattr(learner._updater.judge, "_vocabulary", 1.0001)
         (report,) = learner.learn_batch([bad])
         assert report.status == "rejected" and learner.state.counters.rejected == 1
     before = learner.state_sha256()

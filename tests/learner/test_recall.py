@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-from ogpstream.learner import LearnerConfig, Sample, StreamLearner, recall, update
+from ogpstream.learner import IdleLoop, LearnerConfig, RehearsalReport, Sample, StreamLearner, recall, update
 from ogpstream.learner.lesson import Lesson
+from ogpstream.learner.rounds import ROUNDS
 from ogpstream.learner.step import sample_readings
 from ogpstream.memory.units import exhausted
 
@@ -74,6 +76,11 @@ class _Watched:
         return noted
 
 
+@pytest.fixture(autouse=True)
+def small_rings_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "EACH", 1)
+
+
 def _taught(make: MakeLearner, count: int = 12, **changes: Any) -> StreamLearner:
     learner = make(rehearsals=0, replay_every=0, **changes)
     learner.learn_batch([_sample(seed) for seed in range(count)])
@@ -122,6 +129,13 @@ def test_no_more_is_looked_at_than_one_sample_may_have(make: MakeLearner, monkey
     assert len(learner.queue.applier.recall.candidates(2)) == 3
     # what is rehearsed anyway is there however long it is
     assert len(learner.queue.applier.recall.candidates(5)) == 5
+
+
+def test_few_of_a_ring_are_looked_at(make: MakeLearner, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = _taught(make, rehearsal_candidates=8)
+    for each, looked in ((1, 8), (2, 6), (4, 3), (24, 2)):
+        monkeypatch.setattr(recall, "EACH", each)
+        assert len(learner.queue.applier.recall.candidates(2)) == looked
 
 
 def test_an_expert_that_is_not_served_is_not_judged_without_it(make: MakeLearner, monkeypatch: pytest.MonkeyPatch
@@ -173,3 +187,113 @@ def test_without_memory_to_look_chance_decides_and_recovery_repeats_it(
     again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
     assert again.state_sha256() == state
     again.close()
+
+
+# going round the ring
+
+LEARNS: dict[str, Any] = dict(lr=0.05, learned_below=1.0, learned_share=0.5, settled_below=0.0, warm_start=False,
+                              restart_after=0)
+
+
+def _known(learner: StreamLearner) -> list[bool]:
+    ring = learner.state.ring
+    found = (_loss(learner.model, ring.get(slot).ids.tolist(), ring.get(slot).prompt_length) for slot in ring.slots)
+    return [loss < 1.0 and certain >= 0.5 for loss, certain in found]
+
+
+def _short(seed: int) -> Sample:
+    return Sample(prompt_ids=[seed + 1, 2 * seed + 3, 50 - seed], completion_ids=[seed + 60])
+
+
+def test_a_refresh_ends_when_all_is_known(make: MakeLearner) -> None:
+    learner = make(rehearsals=0, replay_every=0, **LEARNS)
+    learner.learn_batch([_short(seed) for seed in range(12)])
+    learner.consolidate()
+    assert not all(_known(learner))
+    report = learner.refresh()
+    assert report.updates > 0 and (report.looked, report.known) == (12, 12)
+    assert all(_known(learner))
+    # and there is nothing left to do
+    state = learner.state_sha256()
+    assert learner.refresh() == RehearsalReport(0, learner.version) and learner.state_sha256() == state
+
+
+def test_each_look_of_a_refresh_goes_to_the_worst_that_is_forgotten(make: MakeLearner, monkeypatch: pytest.MonkeyPatch
+                                                                    ) -> None:
+    learner = make(rehearsals=0, replay_every=0, rehearsal_batch=2, **LEARNS)
+    learner.learn_batch([_short(seed) for seed in range(12)])
+    learner.consolidate()
+    watched = _Watched(learner, monkeypatch)
+    ring = learner.state.ring
+    for part in (1, 0, 1, 0):
+        slots = [ring.get(slot) for slot in ring.slots[8 * part : 8 * part + 8]]
+        read = [(_loss(learner.model, slot.ids.tolist(), slot.prompt_length), slot.ids.tolist()) for slot in slots]
+        forgotten = sorted((-loss, ids) for (loss, certain), ids in read if loss >= 1.0 or certain < 0.5)
+        assert learner.accept_refresh()
+        report = learner.drain()
+        assert isinstance(report, RehearsalReport)
+        assert watched.looked[-1] == [ids for _, ids in read]
+        assert (report.looked, report.known) == (len(slots), len(slots) - len(forgotten))
+        if forgotten:
+            assert watched.trained.pop() == [ids for _, ids in forgotten[:2]]
+        assert not watched.trained and report.updates == bool(forgotten)
+
+
+def test_what_cannot_be_learned_is_not_rehearsed_for_ever(make: MakeLearner) -> None:
+    learner = make(rehearsals=0, replay_every=0, **{**LEARNS, "learned_below": 1e-9})
+    learner.learn_batch([_short(seed) for seed in range(3)])
+    learner.consolidate()
+    report = learner.refresh()
+    assert (report.updates, report.looked, report.known) == (ROUNDS, 3, 0)
+    assert not learner.accept_refresh()
+    learner.learn_batch([_short(7)])
+    assert learner.accept_refresh()
+
+
+def test_a_refresh_that_is_aborted_anywhere_ends_in_the_same_state(make: MakeLearner, tiny_model: Any, tmp_path: Path
+                                                                   ) -> None:
+    whole, learner = (make(folder, rehearsals=0, replay_every=0, snapshot_every=3, **LEARNS)
+                      for folder in (None, tmp_path / "state"))
+    for one in (whole, learner):
+        one.learn_batch([_short(seed) for seed in range(12)])
+        one.consolidate()
+    whole.refresh()
+    draw, units = random.Random(0), []
+    while learner.accept_refresh():
+        while learner.pending:
+            work = learner.queue.drain()
+            for unit in work:
+                units.append(unit)
+                if draw.random() < 0.05:
+                    break
+            work.close()
+    assert {"look", "writes", "publish"} <= set(units)
+    assert learner.state_sha256() == whole.state_sha256()
+    learner.close()
+    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    assert again.state_sha256() == whole.state_sha256()
+    again.close()
+
+
+class Always:
+    """An engine that is never busy."""
+
+    def is_idle(self) -> bool:
+        return True
+
+    def exclusive(self) -> Any:
+        return nullcontext()
+
+    def adapter_changed(self, version: int) -> None:
+        pass
+
+
+def test_an_idle_loop_refreshes_until_all_is_known(make: MakeLearner) -> None:
+    learner = make(**LEARNS)
+    loop = IdleLoop(learner, Always(), update_budget_ms=None)
+    futures = [loop.submit(_short(seed)) for seed in range(6)]
+    while loop.tick():
+        pass
+    loop.close()
+    assert all(future.done() for future in futures)
+    assert len(learner.state.ring) == 6 and all(_known(learner))

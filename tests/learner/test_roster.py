@@ -119,7 +119,7 @@ def test_only_a_committed_update_activates_an_expert(
         work.close()
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(learner._updater._judge, "_vocabulary", 1.0001)
+            patch.setattr(learner._updater.judge, "_vocabulary", 1.0001)
             assert learner.learn_one(_sample(9, "second")).status == "rejected"
     assert (store.active, tuple(store.active), store.served) == (active, tuple(active), served)
     assert torch.equal(_logits(learner.model), logits)

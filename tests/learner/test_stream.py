@@ -99,7 +99,7 @@ def test_a_mended_line_after_the_bad_one_of_its_id_is_learned_in_any_group(tiny_
 
 def test_a_guard_that_refuses_is_told_with_file_and_line(learner, tmp_path, monkeypatch):
     path = write(tmp_path / "s.jsonl", pair(1), pair(2))
-    monkeypatch.setattr(learner._updater._judge, "_vocabulary", 1.0001)
+    monkeypatch.setattr(learner._updater.judge, "_vocabulary", 1.0001)
     result = learn_file(learner, path)
     assert (result.learned, result.rejected) == (0, 2)
     assert result.problems[1].startswith(f"{path}:2: the loss is ")
