@@ -222,6 +222,8 @@ class Applier:
                 self._commit(gradients=len(one))
                 yield from self._save()
         report = yield from self._rehearsed(record, updates)
+        counters, found = self.state.counters, self.state.position.done > 0
+        self.state.rounds = self.state.rounds.after(record["place"], found, counters.acknowledged, counters.updates)
         return replace(report, looked=len(readings), known=len(readings) - len(forgotten))
 
     def _restart(self, record: Record, name: str) -> Generator[str, None, int]:

@@ -89,6 +89,8 @@ def learn(
     update_budget_ms: Annotated[float | None, typer.Option(
         metavar="MS", help="Milliseconds for one update: longer ones leave out the left of prompts, then layers. What "
                            "was left out is in the state, what the budget was is not.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Then rehearse what was forgotten, until all is known or "
+                                                            "16 rounds did not do it.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 1 when a line was rejected.")] = False,
     verbose: Annotated[bool, typer.Option(help="Also tell of each line that was cut or kept aside.")] = False,
     as_json: AsJson = False,
@@ -133,7 +135,7 @@ def learn(
                 learner.add_expert(name, rank=rank)
         learner.update_budget_ms = update_budget_ms
         shown = stack.enter_context(LearnProgress(samples))
-        result = learn_file(learner, samples, on_progress=shown.update)
+        result = learn_file(learner, samples, refresh=refresh, on_progress=shown.update)
     _answer(dataclasses.asdict(result), as_json, learn_summary(result, state))
     return int(strict and result.rejected > 0)
 

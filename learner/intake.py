@@ -11,7 +11,6 @@ from ogpstream.learner.errors import SampleError
 from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.report import SampleReport
-from ogpstream.learner.rounds import Rounds
 from ogpstream.learner.samples import Refused, Sample, refuse
 from ogpstream.learner.state import SLOT_TOKENS
 
@@ -34,7 +33,6 @@ class Intake:
         self.tokenizer = tokenizer
         self._queue = queue
         applier = queue.applier
-        self.rounds = Rounds(applier.state)
         self._state, self._config, self._preflight = applier.state, applier.config, applier.updater.preflight
         text = applier.updater.attachment.model.config.get_text_config()
         self.vocab_size: int = text.vocab_size
@@ -104,7 +102,8 @@ class Intake:
 
     def accept_refresh(self) -> bool:
         """See `StreamLearner.accept_refresh`."""
-        place = self.rounds.next()
+        counters = self._state.counters
+        place = self._state.rounds.next(len(self._state.ring), counters.acknowledged, counters.updates)
         if place is None:
             return False
         self._queue.acknowledge([{"kind": "refresh", "place": place}])

@@ -354,9 +354,9 @@ class StreamLearner:
         updates, admitted, version = 0, 0, self.version
         seen: dict[int, tuple[int, int]] = {}
         while self.accept_refresh():
-            place = self._intake.rounds.place
             report = self.drain()
             assert isinstance(report, RehearsalReport)
+            place = self.state.rounds.place
             updates, admitted, version = updates + report.updates, admitted + report.admitted, report.version
             seen[place] = report.looked, report.known
         looked, known = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)

@@ -7,7 +7,7 @@ rest drift with it, so after some rounds without a new sample nothing is looked 
 
 from __future__ import annotations
 
-from ogpstream.learner.state import LearnerState
+from dataclasses import dataclass
 
 # samples of one look: 200 tokens of questions and answers share a forward
 LOOK = 8
@@ -15,32 +15,35 @@ LOOK = 8
 ROUNDS = 16
 
 
+@dataclass(frozen=True)
 class Rounds:
-    """Where the round of a learner is. After a restart of the process it begins anew.
+    """How far a learner has come: a part of its state, so that a run that was killed goes on as it would have.
 
     Attributes:
-        place: number of the part that was looked at last.
+        place: number of the part of the ring that was looked at last.
+        clean: looks since one found something forgotten, or anything else was learned.
+        looks: since the last new sample.
+        acknowledged, updates: samples and updates of the learner by then.
     """
 
-    def __init__(self, state: LearnerState) -> None:
-        self._state = state
-        self.place = 0
-        self._clean = 0  # looks since the last update
-        self._looks = 0  # since the last new sample
-        self._seen = (-1, -1)
+    place: int = -1
+    clean: int = 0
+    looks: int = 0
+    acknowledged: int = 0
+    updates: int = 0
 
-    def next(self) -> int | None:
-        """Number of the next `LOOK` samples of the ring, oldest first; None where a round is over."""
-        counters, total = self._state.counters, -(-len(self._state.ring) // LOOK)
-        acknowledged, updates = self._seen
-        self._seen = counters.acknowledged, counters.updates
-        if acknowledged != counters.acknowledged:
-            self._looks = self._clean = 0
-        if updates != counters.updates:
-            self._clean = 0
-        if self._clean >= total or self._looks >= ROUNDS * total:
+    def next(self, ring: int, acknowledged: int, updates: int) -> int | None:
+        """Number of the next `LOOK` samples of a ring that holds so many, oldest first; None where a round is over."""
+        total, now = -(-ring // LOOK), self._now(acknowledged, updates)
+        if now.clean >= total or now.looks >= ROUNDS * total:
             return None
-        self._clean += 1
-        self._looks += 1
-        self.place = (self.place + 1) % total
-        return self.place
+        return (self.place + 1) % total
+
+    def after(self, place: int, found: bool, acknowledged: int, updates: int) -> Rounds:
+        """With one more look, which found something and made an update of the `updates`, or did not."""
+        before = self._now(acknowledged, updates - found)
+        return Rounds(place, 0 if found else before.clean + 1, before.looks + 1, acknowledged, updates)
+
+    def _now(self, acknowledged: int, updates: int) -> Rounds:
+        new, same = acknowledged != self.acknowledged, (acknowledged, updates) == (self.acknowledged, self.updates)
+        return Rounds(self.place, self.clean if same else 0, 0 if new else self.looks)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
+from ogpstream.learner.rounds import Rounds
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from ogpstream.learner.sites import Attachment
 
-FORMAT = 3
+FORMAT = 4
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 # latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
@@ -85,6 +86,7 @@ class LearnerState:
     refused: SeenIds
     counters: Counters
     position: Position
+    rounds: Rounds
 
     @classmethod
     def fresh(cls, attachment: Attachment, config: LearnerConfig) -> LearnerState:
@@ -104,13 +106,15 @@ class LearnerState:
             SeenIds(),
             Counters(),
             Position(),
+            Rounds(),
         )
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values); the tensors may be those in use: write or copy them before the next update."""
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {
-            "format": FORMAT, "counters": asdict(self.counters), "position": asdict(self.position)
+            "format": FORMAT, "counters": asdict(self.counters), "position": asdict(self.position),
+            "rounds": asdict(self.rounds),
         }
         for name, part in {"experts": self.store, **self._host_parts()}.items():
             own, meta[name] = part.state_dict()
@@ -142,6 +146,7 @@ class LearnerState:
                 ids.load_state_dict(_under(name, tensors))
             self.counters = Counters(**meta["counters"])
             self.position = Position(**meta["position"])
+            self.rounds = Rounds(**meta["rounds"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state does not fit this learner: {error}") from error
 

@@ -43,6 +43,7 @@ class StreamResult:
         learned_in_all: samples that the state has learned, earlier runs included, less what a rollback undid.
         rss_peak_mb: peak resident memory of the process, MiB.
         version: of the adapters at the end.
+        looked, known: with `refresh`, samples of the ring that were looked at, and of these that were known at last.
         choice: where there is a time budget: samples whose update it `limited`, the least tokens and trained layers of
             one (`tokens_min`, `layers_min`, of `depth`), and by `predicted_ms_p50`, `actual_ms_p50` and `actual_ms_p95`
             the time of their units, replayed samples not included.
@@ -63,6 +64,8 @@ class StreamResult:
     rss_peak_mb: float = 0.0
     version: int = 0
     state_sha256: str = ""
+    looked: int | None = None
+    known: int | None = None
     choice: dict[str, float | None] | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -71,7 +74,7 @@ Progress = Callable[[StreamResult, int | None], None]
 
 
 def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: int = 64,
-               on_progress: Progress | None = None) -> StreamResult:
+               refresh: bool = False, on_progress: Progress | None = None) -> StreamResult:
     """Learn every line of a JSONL file once, rehearse what was not rehearsed yet, and save.
 
     A line that is no usable sample is logged as a warning and counted; the rest of the stream goes on. Once it is
@@ -80,6 +83,7 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
 
     Args:
         group: lines that are acknowledged by one fsync.
+        refresh: then rehearse what was forgotten, as `StreamLearner.refresh` does.
         on_progress: called with the result so far and the number of the line after each new sample, and after each
             group; with None for the line before the rehearsal at the end.
 
@@ -104,6 +108,9 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
         tell(result, max(batch))
     tell(result, None)
     learner.consolidate()
+    if refresh:
+        remembered = learner.refresh()
+        result.looked, result.known = remembered.looked, remembered.known
     learner.save_state()
     result.update_ms_p50, result.update_ms_p95 = tally.times.quantile(0.5), tally.times.quantile(0.95)
     if result.choice is not None:

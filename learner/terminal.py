@@ -89,6 +89,8 @@ def learn_summary(result: StreamResult, state: Path) -> str:
     if result.loss_first is not None:
         lines.append(f"loss before the update {result.loss_first:.3f} at first, {result.loss_last:.3f} at last, "
                      "nats a token")
+    if result.looked:
+        lines.append(f"{result.known} of the {result.looked} samples at hand were known when they were last looked at")
     lines.append(f"{state} serves version {result.version}")
     return "\n".join(lines)
 

@@ -131,6 +131,23 @@ def test_a_killed_run_ends_as_the_one_that_was_not(job, whole, tmp_path, share):
     assert len(kept) == len(set(kept)) == expected["quarantined"] + 1
 
 
+def test_a_refresh_goes_on_where_it_was_killed(job, tmp_path):
+    job = [*job, "--refresh"]
+    assert learn(job, tmp_path / "whole", count_in=tmp_path / "events") == 0
+    expected, _ = read_status(tmp_path / "whole")
+    events = int((tmp_path / "events").read_text())
+    plain = tmp_path / "plain"
+    assert learn(job[:-1], plain, count_in=plain.with_suffix(".events")) == 0
+    before = int(plain.with_suffix(".events").read_text())
+    assert expected["updates"] > read_status(plain)[0]["updates"] and events > before + 8
+    for share in (0.2, 0.5, 0.8):
+        state = tmp_path / str(share)
+        assert learn(job, state, kill_at=round(before + share * (events - before))) == -signal.SIGKILL
+        assert learn(job, state) == 0
+        status, problems = read_status(state)
+        assert not problems and status == expected
+
+
 def test_what_is_acknowledged_is_learned_by_the_next_start_whatever_it_is_asked_to_learn(job, tmp_path):
     (samples,) = (word for word in job if word.endswith("s.jsonl"))
     # without the second line of an id, before which a group ends
