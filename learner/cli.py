@@ -90,7 +90,7 @@ def learn(
         metavar="MS", help="Milliseconds for one update: longer ones leave out the left of prompts, then layers. What "
                            "was left out is in the state, what the budget was is not.")] = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Then rehearse what was forgotten, until all is known or "
-                                                            "16 rounds did not do it.")] = False,
+                                                            "100 rounds did not do it. Stop it as you like.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 1 when a line was rejected.")] = False,
     verbose: Annotated[bool, typer.Option(help="Also tell of each line that was cut or kept aside.")] = False,
     as_json: AsJson = False,

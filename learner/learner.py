@@ -347,7 +347,7 @@ class StreamLearner:
     def refresh(self) -> RehearsalReport:
         """Rehearse what is forgotten: look at all samples of the ring, round after round, until all are known.
 
-        It ends after 16 rounds without a new sample, since some things may not be learnable beside others. A round of
+        It ends after 100 rounds without a new sample, since some things may not be learnable beside others. A round of
         a full ring is 512 looks at 8 samples, each a forward, and an update for each look that finds one forgotten.
         """
         self.drain()
