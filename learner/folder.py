@@ -75,7 +75,8 @@ class StateFolder:
                                  f"{', '.join(map(str, known)) or 'none'}")
             snapshot = self.snapshots.load(version)
         if snapshot is None:
-            raise StateError(f"{self.path} holds no learner state")
+            raise StateError(f"{self.path} holds no learner state: give the folder that `learn --state` wrote, or "
+                             "where it was stopped before its first version, run it again")
         return snapshot
 
     def append(self, record: dict[str, Any]) -> int:

@@ -86,7 +86,7 @@ class LearnerState:
     refused: SeenIds
     counters: Counters
     position: Position
-    rounds: Rounds
+    rounds: Rounds = Rounds()  # noqa: RUF009 (it is frozen)
 
     @classmethod
     def fresh(cls, attachment: Attachment, config: LearnerConfig) -> LearnerState:
@@ -106,7 +106,6 @@ class LearnerState:
             SeenIds(),
             Counters(),
             Position(),
-            Rounds(),
         )
 
     def capture(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

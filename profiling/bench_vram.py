@@ -89,7 +89,9 @@ def bench_vram(
     if page is not None:
         try:
             page.write_text(memory_table.fill(page.read_text()))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            fail(f"{page} cannot be read or written ({error.strerror}): give a page such as docs/memory.md", 1)
+        except ValueError as error:
             fail(str(error), 1)
         return
     if width % 64:

@@ -57,7 +57,7 @@ def table(values: Mapping[str, Any]) -> Table:
     shown.add_row("learning accuracy", "", *_each(values, "la", "{:.3f}"))
     shown.add_row("backward transfer", "", *_each(values, "bwt", "{:+.3f}"))
     shown.add_row("base retention", "1.000", *_each(values, "base_retention", "{:.3f}"))
-    shown.add_row("were all prompts in scope", "1.000", *_each(values, "base_retention_everywhere", "{:.3f}"))
+    shown.add_row("the same, were all texts in scope", "1.000", *_each(values, "base_retention_everywhere", "{:.3f}"))
     shown.add_row("held-out perplexity", "x 1", *_each(values, "ppl_ratio", "x {:.3f}"))
     shown.add_row("ms per update", "", *_each(values, "update_ms_p50", "{:.0f}"))
     shown.add_row("gradient evaluations", "", *_each(values, "grad_evals", "{:,}"))
