@@ -52,7 +52,7 @@ class IdleLoop:
         patience: seconds after which a correction gets units between two requests, not in idle moments only.
         hold: seconds that an update which stands back keeps its activations; then it is aborted, and begun anew later.
             That of an impatient correction is kept, or it might never end.
-        consolidate: rehearse where there is nothing new.
+        consolidate: rehearse where there is nothing new, and then what is forgotten, as `StreamLearner.refresh` does.
         update_budget_ms: milliseconds that the units of one update may take, `update_budget_ms` of the learner until
             `close`; None is without a bound.
         poll: seconds between two looks at an engine that is busy.
