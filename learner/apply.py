@@ -22,6 +22,7 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
 from ogpstream.learner.lesson import Lesson
+from ogpstream.learner.look import Look
 from ogpstream.learner.operations import Operations
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
@@ -31,11 +32,9 @@ from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import ReplayRing, Slot
+from ogpstream.memory.units import WRITES
 
 Report = SampleReport | RehearsalReport | None
-
-# the unit before one that only writes to the state folder, and touches neither model nor device
-WRITES = "writes"
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Applier:
 
     Attributes:
         pacer: the time budget of the updates.
-        recall: which old samples come back.
+        recall: which old samples come back; look: how well these are known.
         operations: records without an update.
     """
 
@@ -71,6 +70,7 @@ class Applier:
         self.acknowledge = acknowledge
         self.pacer = Pacer(updater)
         self.recall = Recall(state, config)
+        self.look = Look(updater, acknowledge)
         self.operations = Operations(state, updater, config)
         # number of a record of a sample, and its updates so far
         self._made: tuple[int, list[Update]] = (0, [])
@@ -210,11 +210,10 @@ class Applier:
         updates: list[Update] = []
         # owed where it was aborted after its update
         yield from self._save()
-        slots, readings, forgotten = self.recall.part(record["place"]), list[Reading](), list[Slot]()
+        slots, known, forgotten = self.recall.part(record["place"]), list[tuple[Slot, Reading]](), list[Slot]()
         if slots and not self.state.position.done:
-            readings = yield from self._looked(record, slots)
-            order = sorted(range(len(readings)), key=lambda number: _forgotten_by(readings[number]), reverse=True)
-            forgotten = [slots[number] for number in order if not self.updater.judge.learned(True, readings[number])]
+            known = yield from self.look.worst(slots, record, 0)
+            forgotten = [slot for slot, reading in known if not self.updater.judge.learned(True, reading)]
             one = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]
             if one:
                 updates.append((yield from self._update(record, one[0].expert, [_lesson(slot) for slot in one])))
@@ -224,7 +223,7 @@ class Applier:
         report = yield from self._rehearsed(record, updates)
         counters, found = self.state.counters, self.state.position.done > 0
         self.state.rounds = self.state.rounds.after(record["place"], found, counters.acknowledged, counters.updates)
-        return replace(report, looked=len(readings), known=len(readings) - len(forgotten))
+        return replace(report, looked=len(known), known=len(known) - len(forgotten))
 
     def _restart(self, record: Record, name: str) -> Generator[str, None, int]:
         """Restart an expert if it is due; where there is no memory for it, it is put off. Returns how much P grew."""
@@ -268,29 +267,10 @@ class Applier:
         drawn = self.recall.candidates(count)
         # one that is not served would be judged without its expert
         if len(drawn) > count and drawn[0].expert in self.state.store.active:
-            readings = yield from self._looked(record, drawn)
+            known = yield from self.look.worst(drawn, record, self.state.position.done)
             # in the order that they were drawn where nothing was seen of them
-            order = sorted(range(len(readings)), key=lambda number: _forgotten_by(readings[number]), reverse=True)
-            drawn = [drawn[number] for number in order] or drawn
+            drawn = [slot for slot, _ in known] or drawn
         return drawn[:count]
-
-    def _looked(self, record: Record, slots: Sequence[Slot]) -> Generator[str, None, list[Reading]]:
-        """How well old samples are known now; nothing where there is no memory to see it."""
-        done = self.state.position.done
-        if amendments.is_blind(record, done):
-            return []
-        try:
-            return (yield from self.updater.look([_lesson(slot) for slot in slots]))
-        except torch.OutOfMemoryError:
-            # what was computed is held by the exception, so room is made after this block
-            pass
-        self.updater.ran_out()
-        _log.warning("out of memory while %d old samples were looked at: chance decides which ones are rehearsed",
-                     len(slots))
-        yield WRITES
-        self.acknowledge([{"kind": "blind", "of": record["seq"], "done": done}])
-        yield "written"
-        return []
 
     def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
         """One update within the time budget; where memory runs out in every mode, another with less of the prompts."""
@@ -372,10 +352,6 @@ def _repeats(record: Record) -> int:
     # records of earlier releases have none
     repeats: int = record.get("repeats", 0)
     return repeats
-
-
-def _forgotten_by(reading: Reading) -> float:
-    return reading.loss if math.isfinite(reading.loss) else -math.inf
 
 
 def _lesson(slot: Slot) -> Lesson:

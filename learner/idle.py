@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ogpstream.learner.apply import WRITES, Report
+from ogpstream.learner.apply import Report
 from ogpstream.learner.desk import Desk
 from ogpstream.learner.duty import DutyCycle
 from ogpstream.learner.engine import Engine, EngineBusy
@@ -32,6 +32,7 @@ from ogpstream.learner.pacer import Stopwatch
 from ogpstream.learner.report import LoopStatus, SampleReport
 from ogpstream.learner.samples import Sample
 from ogpstream.learner.tickets import Tickets, promise
+from ogpstream.memory.units import WRITES
 
 T = TypeVar("T")
 

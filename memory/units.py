@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TypeVar
 
+# the unit before one that only writes to the state folder, and touches neither model nor device
+WRITES = "writes"
+
 S = TypeVar("S")
 T = TypeVar("T")
 
