@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 # samples of one look: 200 tokens of questions and answers share a forward
 LOOK = 8
-# since the last new sample: ten facts that had nothing in common took 75 on the demo's base
+# since the last new sample: of 48 facts that had nothing in common 45 were back after 25, on a base of 5.5M parameters
 ROUNDS = 100
 
 

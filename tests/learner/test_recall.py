@@ -255,6 +255,17 @@ def test_each_look_of_a_refresh_goes_to_the_worst_that_is_forgotten(sharp: MakeL
         assert not watched.trained and report.updates == bool(forgotten)
 
 
+def test_a_refresh_restarts_no_expert(sharp: MakeLearner) -> None:
+    learner = sharp(restart_after=1, restart_loss=1.0)
+    learner.learn_batch([_short(seed) for seed in range(10)])
+    learner.consolidate()
+    expert = learner.state.store.expert("default")
+    started, steps = expert.started, expert.steps
+    assert started > 0
+    assert learner.refresh().updates > 0
+    assert expert.started == started < steps < expert.steps or expert.started == started == steps < expert.steps
+
+
 def test_what_cannot_be_learned_is_not_rehearsed_for_ever(sharp: MakeLearner) -> None:
     learner = sharp(learned_below=1e-9)
     learner.learn_batch([_short(seed) for seed in range(3)])
