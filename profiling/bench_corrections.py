@@ -31,6 +31,8 @@ def bench_corrections(
     ring: Annotated[int, typer.Option(min=1, help="slots of the replay ring")] = 4096,
     seeds: Annotated[int, typer.Option(min=1, help="number of seeds")] = 1,
     idle: Annotated[int, typer.Option(min=0, help="updates in the idle phase after every 100 facts")] = 100,
+    refresh: Annotated[bool, typer.Option("--refresh", help="ours and replay1 rest until they know all they have kept")
+                       ] = False,
     lr: Annotated[list[str] | None, typer.Option(help="method=rate")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="LearnerConfig field=value, for all methods")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="of torch")] = None,
@@ -53,7 +55,7 @@ def bench_corrections(
             raise ConfigError("give a method its rate with --lr method=rate")
         plan = [
             Job(method, model, LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), rates.get(method), facts,
-                min(amends, facts), neighbours, idle, threads)
+                min(amends, facts), neighbours, idle, threads, refresh)
             for seed in range(seeds) for method in chosen
         ]
         for job in plan:

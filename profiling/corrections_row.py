@@ -39,6 +39,7 @@ class Job(Keyed):
         amends: of them that are told again with another answer at the end.
         neighbours: questions of each kind that were never told.
         idle: updates of the idle phase after every 100 facts.
+        refresh: the learner itself, with a ring, rests until it knows all that is there instead, `idle` or not.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Job(Keyed):
     neighbours: int
     idle: int
     threads: int | None
+    refresh: bool = False
 
 
 def run_row(job: Job, on_progress: Progress = lambda done: None) -> dict[str, Any]:
@@ -82,8 +84,11 @@ def run_row(job: Job, on_progress: Progress = lambda done: None) -> dict[str, An
             learner.learn(_sample(fact))
             milliseconds.append(1e3 * (time.perf_counter() - began))
             stuck += right(model, tokenizer, [fact.prompts[0]], [fact.answer])
-            if job.idle and number % REST == 0:
-                learner.rest(job.idle)
+            if number % REST == 0:
+                if job.refresh and isinstance(learner, LearnerStudent) and learner.alone is None:
+                    learner.learner.refresh()
+                elif job.idle:
+                    learner.rest(job.idle)
             on_progress(number)
         row = {"stickiness": _share(stuck), "grad_evals": learner.gradients,
                "update_ms_p50": sorted(milliseconds)[len(milliseconds) // 2]}
@@ -107,7 +112,7 @@ def run_row(job: Job, on_progress: Progress = lambda done: None) -> dict[str, An
                     for kind, prompts in {**others, "paraphrase": known[1] + known[2]}.items()}
     return {"method": job.method, "seed": job.seed, "facts": job.facts, "ring": config.ring_samples,
             "repeats": config.repeats, "lr": method_config(job.method, config, lr=job.lr).lr, **row,
-            "idle": job.idle, "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "idle": job.idle, "refresh": job.refresh, "torch": torch.__version__, "threads": torch.get_num_threads(),
             "seconds": time.perf_counter() - started, "settings": job.settings}
 
 

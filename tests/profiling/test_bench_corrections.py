@@ -8,6 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ogpstream.learner import StreamLearner
+from ogpstream.profiling import corrections_row
 from ogpstream.profiling.__main__ import app
 from ogpstream.profiling.corrections_row import answers, right
 
@@ -72,6 +74,20 @@ def test_all_methods_have_a_row_and_rows_are_kept(model: str, tmp_path: Path) ->
     assert (tmp_path / "out" / "corrections.csv").read_text().count("\n") == 5
     again = _run(*arguments)
     assert [row["seconds"] for row in json.loads(again.stdout.splitlines()[-1])["rows"]] == [r["seconds"] for r in rows]
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_with_a_ring_a_method_of_the_learner_refreshes_if_asked(model: str, monkeypatch: pytest.MonkeyPatch,
+                                                                refresh: bool) -> None:
+    monkeypatch.setattr(corrections_row, "REST", 2)
+    calls = []
+    for name in ("refresh", "consolidate"):
+        monkeypatch.setattr(StreamLearner, name, lambda learner, *_, name=name: calls.append(name))
+    done = _run("--model", model, "--facts", "4", "--amends", "0", "--neighbours", "1", "--idle", "1", "--methods",
+                "ogp,replay1,sequential", "--threads", "1", *(["--refresh"] if refresh else []),
+                *(part for item in (*SMALL, "repeats=0") for part in ("--set", item)))
+    assert done.exit_code == 0, done.output
+    assert calls == ["refresh" if refresh else "consolidate"] * 4
 
 
 @pytest.mark.parametrize(("wrong", "told"), [
