@@ -6,7 +6,7 @@ before it is done, and recovery repeats it on any machine.
     shorten   the updates from number `done` on have at most `tokens` ids of each sample
     pace      update number `done` has `prompt` ids of each prompt and trains `layers` top layers
     put off   an expert's restart waits
-    blind     update number `done` takes old samples by chance, without a look at what is forgotten
+    blind     update number `done` is made without a look at what is forgotten: by chance, or in a refresh not at all
 """
 
 from __future__ import annotations

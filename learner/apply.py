@@ -209,20 +209,32 @@ class Applier:
         # owed where it was aborted after its update
         yield from self._save()
         slots, known, forgotten = self.recall.part(record["place"]), list[tuple[Slot, Reading]](), list[Slot]()
-        if slots and not self.state.position.done:
+        done, store, rounds = self.state.position.done, self.state.store, self.state.rounds
+        before = store.served.version
+        if slots and not done:
             known = yield from self.look.worst(slots, record, 0)
-            forgotten = [slot for slot, reading in known if not self.updater.judge.learned(True, reading)]
+            forgotten = [slot for slot, reading in known if self._is_forgotten(reading)]
             one = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]
             if one:
                 updates.append((yield from self._update(record, one[0].expert, [_lesson(slot) for slot in one])))
                 self.recall.note(one, updates[0], first=0)
                 self._commit(gradients=len(one))
+                self.state.rounds = rounds.after(record["place"], before, store.served.version, found=True, blind=False)
                 yield from self._save()
-        counters, found = self.state.counters, self.state.position.done > 0
-        self.state.rounds = self.state.rounds.after(record["place"], found, counters.acknowledged, counters.updates)
-        return RehearsalReport(len(updates), self.state.store.served.version,
-                               admitted=sum(update.admitted for update in updates), looked=len(known),
-                               known=len(known) - len(forgotten))
+        if not (done or updates):
+            self.state.rounds = rounds.after(record["place"], before, before, found=False,
+                                             blind=bool(slots) and not known)
+            # what clean looks found out is in no journal: a restart is not to make more of them than one round
+            self._owed |= self.state.rounds.next(len(self.state.ring), before) is None
+        return RehearsalReport(len(updates), store.served.version, admitted=sum(update.admitted for update in updates),
+                               looked=len(known), known=len(known) - len(forgotten))
+
+    def _is_forgotten(self, reading: Reading) -> bool:
+        """Whether an update of a sample that is known so would bring it back: it moves nothing where that is settled
+        or refused."""
+        judge = self.updater.judge
+        return (judge.refusal(reading.loss, 0.0) is None and reading.loss >= self.config.settled_below
+                and not judge.learned(True, reading))
 
     def _restart(self, record: Record, name: str) -> Generator[str, None, int]:
         """Restart an expert if it is due; where there is no memory for it, it is put off. Returns how much P grew."""

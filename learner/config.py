@@ -155,7 +155,8 @@ class LearnerConfig:
     def literal(cls, **changes: Any) -> LearnerConfig:
         """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
         spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", served_to="all",
-                                    warm_start=False, novelty=0.5, settled_below=0.0, rehearsals=0)
+                                    warm_start=False, novelty=0.5, settled_below=0.0, rehearsals=0,
+                                    rehearsal_candidates=0)
         return cls(**{**spec, **changes})
 
     @classmethod

@@ -29,7 +29,7 @@ from ogpstream.learner.fence import Fence
 from ogpstream.learner.learner import StreamLearner
 from ogpstream.learner.pace import check_budget
 from ogpstream.learner.pacer import Stopwatch
-from ogpstream.learner.report import LoopStatus, SampleReport
+from ogpstream.learner.report import LoopStatus, RehearsalReport, SampleReport
 from ogpstream.learner.samples import Sample
 from ogpstream.learner.tickets import Tickets, promise
 from ogpstream.memory.units import WRITES
@@ -101,7 +101,7 @@ class IdleLoop:
         self._rehearses = consolidate
         self._rested = False  # nothing was left to rehearse
         self._announced = learner.version
-        self._ran = 0  # units, since the engine was last asked whether it is idle
+        self._ran = 0  # units in the engine's lock, since it was taken last
         self._last_unit = clock()
         self._retry, self._retry_at = RETRY[0], clock()
         self._done = LoopStatus()
@@ -352,7 +352,9 @@ class IdleLoop:
             self._done = replace(self._done, aborted=self._done.aborted + 1)
 
     def _applied(self, number: int, report: Report) -> None:
-        self._done = replace(self._done, updates=self._done.updates + 1)
+        # a look that found nothing forgotten is no update
+        made = not isinstance(report, RehearsalReport) or report.updates > 0
+        self._done = replace(self._done, updates=self._done.updates + made)
         self._rested = False
         if isinstance(report, SampleReport):
             self._tickets.settle(number, report)

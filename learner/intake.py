@@ -102,8 +102,7 @@ class Intake:
 
     def accept_refresh(self) -> bool:
         """See `StreamLearner.accept_refresh`."""
-        counters = self._state.counters
-        place = self._state.rounds.next(len(self._state.ring), counters.acknowledged, counters.updates)
+        place = self._state.rounds.next(len(self._state.ring), self._state.store.served.version)
         if place is None:
             return False
         self._queue.acknowledge([{"kind": "refresh", "place": place}])

@@ -345,10 +345,14 @@ class StreamLearner:
         return self._intake.accept_refresh()
 
     def refresh(self) -> RehearsalReport:
-        """Rehearse what is forgotten: look at all samples of the ring, round after round, until all are known.
+        """Rehearse what is forgotten: look at the samples of served experts, round after round, until all are known.
 
-        It ends after 100 rounds without a new sample, since some things may not be learnable beside others. A round of
-        a full ring is 512 looks at 8 samples, each a forward, and an update for each look that finds one forgotten.
+        It ends after 100 rounds without any other change, since some things may not be learnable beside others. A round
+        of a full ring is 512 looks at 8 samples, forwards, and an update for each look that finds one forgotten. No
+        expert restarts in it.
+
+        Returns:
+            What was `looked` at and `known` by this call alone: nothing where the last round was over before.
         """
         self.drain()
         updates, admitted, version = 0, 0, self.version

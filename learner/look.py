@@ -45,8 +45,7 @@ class Look:
             # what was computed is held by the exception, so room is made after this block
             pass
         self._updater.ran_out()
-        _log.warning("out of memory while %d old samples were looked at: chance decides which ones are rehearsed",
-                     len(slots))
+        _log.warning("out of memory while %d old samples were looked at: what is forgotten is not known", len(slots))
         yield WRITES
         self._acknowledge([{"kind": "blind", "of": record["seq"], "done": update}])
         yield "written"

@@ -17,7 +17,7 @@ LOOKED = 1024
 
 # samples in the ring for each that is looked at. Of a small ring the worst of 8 are the same hard ones again and again:
 # with 32 slots backward transfer fell from 0 to -.10 (the demo's cross-validation), with 48 accuracy from .70 to .67
-# (intents); with 128 it rose from .62 to .66 (four tasks), and of 200 facts in 4096 slots .86 stayed for .62
+# (intents); and of 200 facts in 4096 slots .82 stayed for .62 (profiling/README.md)
 EACH = 24
 
 

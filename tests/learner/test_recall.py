@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers as tf
 from ogpstream.learner import IdleLoop, LearnerConfig, RehearsalReport, Sample, StreamLearner, recall, update
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.rounds import LOOK, ROUNDS
-from ogpstream.learner.step import sample_readings
+from ogpstream.learner.step import Reading, sample_readings
 from ogpstream.memory.units import exhausted
 
 MakeLearner = Callable[..., StreamLearner]
@@ -323,3 +324,66 @@ def test_an_idle_loop_refreshes_until_all_is_known(sharp: MakeLearner) -> None:
     loop.close()
     assert all(future.done() for future in futures)
     assert len(learner.state.ring) > 3 and all(_known(learner))
+
+
+def test_a_round_is_over_for_the_experts_that_are_served(sharp: MakeLearner) -> None:
+    learner = sharp()
+    learner.learn_batch([_short(seed) for seed in range(10)])
+    learner.consolidate()
+    learner.add_expert("other")
+    learner.activate({"other": 1.0})
+    assert learner.refresh().looked == 0 and not learner.accept_refresh()
+    learner.activate({"default": 1.0})
+    report = learner.refresh()
+    assert report.updates > 0 and report.known == report.looked == len(learner.state.ring)
+
+
+def test_a_shortage_of_memory_ends_a_refresh_and_is_not_taken_for_knowledge(
+    sharp: MakeLearner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = sharp(tmp_path / "state")
+    learner.learn_batch([_short(seed) for seed in range(10)])
+    learner.consolidate()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "sample_readings", full)
+        for _ in range(2):
+            assert learner.accept_refresh()
+            report = learner.drain()
+            assert isinstance(report, RehearsalReport) and (report.updates, report.looked) == (0, 0)
+    # there is memory again
+    report = learner.refresh()
+    assert report.updates > 0 and report.known == len(learner.state.ring)
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "sample_readings", full)
+        learner.learn_batch([_short(11)])
+        assert learner.refresh().looked == 0 and learner.queue.applier.updater.out_of_memory < 20
+    state = learner.state_sha256()
+    learner.close()
+    again = sharp(tmp_path / "state", load=True)
+    assert again.state_sha256() == state
+    again.close()
+
+
+def test_what_an_update_would_not_move_is_not_rehearsed(sharp: MakeLearner) -> None:
+    """Settled by its loss, though one of its tokens is not sure; and what no update may be made of."""
+    learner = sharp(learned_share=1.0)
+    judge, applier = learner._updater.judge, learner.queue.applier
+    applier.config = replace(applier.config, settled_below=0.5)
+    assert applier._is_forgotten(Reading(0.6, 0.5)) and applier._is_forgotten(Reading(2.0, 0.0))
+    assert not applier._is_forgotten(Reading(0.4, 0.5))
+    assert not applier._is_forgotten(Reading(float("nan"), 0.0)) and judge.refusal(1e3, 0.0)
+    assert not applier._is_forgotten(Reading(1e3, 0.0))
+
+
+def test_only_what_changes_the_model_begins_a_new_round(sharp: MakeLearner) -> None:
+    learner = sharp(learned_below=1e-9)
+    learner.learn_batch([_short(seed) for seed in range(3)])
+    learner.refresh()
+    learner.learn_batch([Sample(prompt_ids=[1], completion_ids=[2], label=False)])
+    assert not learner.accept_refresh()
+    learner.learn_batch([_short(7)])
+    assert learner.refresh().updates >= ROUNDS - 1
