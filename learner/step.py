@@ -1,8 +1,8 @@
 """The gradients of samples as a generator: it stops after every unit, so that a server can take the device back.
 
 Units: the layer inputs, each decoder layer's forward, each chunk of the cross-entropy, each layer that is computed
-again, each layer's backward. Nothing of the learner's state changes here; a generator that is dropped half-way leaves
-nothing behind.
+again, each layer's backward. Of samples that are only looked at, `sample_readings` makes the forwards alone. Nothing of
+the learner's state changes here; a generator that is dropped half-way leaves nothing behind.
 """
 
 from __future__ import annotations
