@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import ReplayRing, Slot
-from ogpstream.memory.units import WRITES
+from ogpstream.memory.units import writing
 
 Report = SampleReport | RehearsalReport | None
 
@@ -107,15 +108,13 @@ class Applier:
             # what this sample corrects is not learned beside it
             slots = [slot for slot in self.recall.companions(record["rehearsals"], record["expert"])
                      if slot.uid not in contradicted]
-            update = yield from self._update(record, record["expert"], [new, *map(_lesson, slots)])
+            update = yield from self._update(record, record["expert"], [new, *map(Lesson.of, slots)])
             updates.append(update)
             new = amendments.limited(new, record, 0, self._bos)
             trained = amendments.paced(new, record, 0, self._bos)
             loss, reason = None if new.refusal else update.losses[0], update.refusal
             if reason is not None:
-                yield WRITES
-                self.folder.quarantine({**record, "reason": reason})
-                yield "written"
+                yield from writing(partial(self.folder.quarantine, {**record, "reason": reason}))
                 counters.acknowledged += 1
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
@@ -146,7 +145,8 @@ class Applier:
             newest = ring.find(counters.acknowledged)
             new_one = [] if newest is None else [ring.get(newest)]
             if len(ring) > len(new_one):
-                updates.append((yield from self._rehearse(record, 1, waiting=False, but=new_one)))
+                updates.append((yield from self._rehearse(record, self.recall.draw(1, but=new_one))))
+                yield from self._save()
         trained = amendments.paced(new, record, 0, self._bos)
         report = self._report(record, trained, "learned", started, loss, updates, None)
         return replace(report, updates=count, sticks=sticks)
@@ -190,8 +190,12 @@ class Applier:
         # owed where it was aborted after an update
         yield from self._save()
         while self.state.position.done < record["updates"] and len(self.state.ring):
-            count = 1 if record["waiting_only"] else self.config.rehearsal_batch
-            updates.append((yield from self._rehearse(record, count, waiting=record["waiting_only"])))
+            if record["waiting_only"]:
+                slots = self.state.unrehearsed()[:1] or self.recall.draw(1)
+            else:
+                slots = yield from self._forgotten(record, self.config.rehearsal_batch)
+            updates.append((yield from self._rehearse(record, slots)))
+            yield from self._save()
         admitted = sum(update.admitted for update in updates)
         for name in self.state.store.active:
             admitted += yield from self._restart(record, name)
@@ -205,29 +209,26 @@ class Applier:
 
         No expert restarts: of 48 facts on a base of 5.5M parameters 45 came back in 150 updates, with restarts 18.
         """
-        updates: list[Update] = []
         # owed where it was aborted after its update
         yield from self._save()
-        slots, known, forgotten = self.recall.part(record["place"]), list[tuple[Slot, Reading]](), list[Slot]()
-        done, store, rounds = self.state.position.done, self.state.store, self.state.rounds
-        before = store.served.version
-        if slots and not done:
-            known = yield from self.look.worst(slots, record, 0)
-            forgotten = [slot for slot, reading in known if self._is_forgotten(reading)]
-            one = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]
-            if one:
-                updates.append((yield from self._update(record, one[0].expert, [_lesson(slot) for slot in one])))
-                self.recall.note(one, updates[0], first=0)
-                self._commit(gradients=len(one))
-                self.state.rounds = rounds.after(record["place"], before, store.served.version, found=True, blind=False)
-                yield from self._save()
-        if not (done or updates):
-            self.state.rounds = rounds.after(record["place"], before, before, found=False,
-                                             blind=bool(slots) and not known)
+        store, before = self.state.store, self.state.store.served.version
+        if self.state.position.done:
+            return RehearsalReport(0, before)
+        slots = self.recall.part(record["place"])
+        known = (yield from self.look.worst(slots, record, 0)) if slots else []
+        forgotten = [slot for slot, reading in known if self._is_forgotten(reading)]
+        worst = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]
+        update = (yield from self._rehearse(record, worst)) if worst else None
+        found, version = update is not None, store.served.version
+        self.state.rounds = self.state.rounds.after(record["place"], before, version, found=found,
+                                                    blind=bool(slots) and not known)
+        if found:
+            yield from self._save()
+        else:
             # what clean looks found out is in no journal: a restart is not to make more of them than one round
-            self._owed |= self.state.rounds.next(len(self.state.ring), before) is None
-        return RehearsalReport(len(updates), store.served.version, admitted=sum(update.admitted for update in updates),
-                               looked=len(known), known=len(known) - len(forgotten))
+            self._owed |= self.state.rounds.next(len(self.state.ring), version) is None
+        return RehearsalReport(int(found), version, admitted=update.admitted if update else 0, looked=len(known),
+                               known=len(known) - len(forgotten))
 
     def _is_forgotten(self, reading: Reading) -> bool:
         """Whether an update of a sample that is known so would bring it back: it moves nothing where that is settled
@@ -248,29 +249,15 @@ class Applier:
             self.updater.ran_out()
             _log.warning("out of memory in the restart of the expert %r: it is put off for %d updates", name,
                          self.config.restart_after)
-            yield WRITES
-            self.acknowledge([{"kind": "put off", "of": record["seq"], "expert": name}])
-            yield "written"
+            yield from writing(partial(self.acknowledge, [{"kind": "put off", "of": record["seq"], "expert": name}]))
         self.updater.put_off(name)
         return 0
 
-    def _rehearse(
-        self, record: Record, count: int, *, waiting: bool, but: Sequence[Slot] = ()
-    ) -> Generator[str, None, Update]:
-        """One update on old samples of one expert: `count` that are known least, or one.
-
-        Args:
-            waiting: take the oldest that waits for its rehearsal, or a random one.
-            but: take a random one, none of these.
-        """
-        if waiting or but:
-            slots = (self.state.unrehearsed()[:1] if waiting else []) or self.recall.draw(1, but=but)
-        else:
-            slots = yield from self._forgotten(record, count)
-        update = yield from self._update(record, slots[0].expert, [_lesson(slot) for slot in slots])
+    def _rehearse(self, record: Record, slots: Sequence[Slot]) -> Generator[str, None, Update]:
+        """One update on old samples of one expert; a snapshot may be owed then."""
+        update = yield from self._update(record, slots[0].expert, list(map(Lesson.of, slots)))
         self.recall.note(slots, update, first=0)
         self._commit(gradients=len(slots))
-        yield from self._save()
         return update
 
     def _forgotten(self, record: Record, count: int) -> Generator[str, None, list[Slot]]:
@@ -291,9 +278,8 @@ class Applier:
             choice = yield from self.pacer.choose(limited, self._bos)
             if choice is not None:
                 # one that leaves out nothing needs no record, since none is left out where there is no budget
-                yield WRITES
-                self.acknowledge([{"kind": "pace", "of": record["seq"], "done": done, **choice._asdict()}])
-                yield "written"
+                about = {"kind": "pace", "of": record["seq"], "done": done, **choice._asdict()}
+                yield from writing(partial(self.acknowledge, [about]))
         while True:
             choice = amendments.pace(record, done)
             layers = None if choice is None else choice.layers
@@ -304,9 +290,8 @@ class Applier:
                 return replace(update, pace=pace)
             except NoRoom as error:
                 tokens = error.tokens
-            yield WRITES
-            self.acknowledge([{"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}])
-            yield "written"
+            about = {"kind": "shorten", "of": record["seq"], "done": done, "tokens": tokens}
+            yield from writing(partial(self.acknowledge, [about]))
 
     @property
     def _bos(self) -> int | None:
@@ -328,9 +313,7 @@ class Applier:
     def _save(self) -> Generator[str, None, None]:
         """The snapshot that is owed, in a unit of its own; aborted before, it is owed still."""
         if self._owed:
-            yield WRITES
-            self.checkpoint()
-            yield "written"
+            yield from writing(self.checkpoint)
 
     # snapshots
 
@@ -363,7 +346,3 @@ def _repeats(record: Record) -> int:
     # records of earlier releases have none
     repeats: int = record.get("repeats", 0)
     return repeats
-
-
-def _lesson(slot: Slot) -> Lesson:
-    return Lesson(slot.ids.tolist(), slot.prompt_length, again=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ogpstream.learner.encoding import cut_prompt
+from ogpstream.memory.replay import Slot
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Lesson:
     again: bool
     refusal: str | None = None
     asked: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, slot: Slot) -> Lesson:
+        """What an old sample is learned from again."""
+        return cls(slot.ids.tolist(), slot.prompt_length, again=True)
 
     @property
     def rows(self) -> int:

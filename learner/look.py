@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 
 import torch
 
@@ -14,7 +15,7 @@ from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.step import Reading
 from ogpstream.learner.update import Updater
 from ogpstream.memory.replay import Slot
-from ogpstream.memory.units import WRITES
+from ogpstream.memory.units import writing
 
 _log = logging.getLogger(__name__)
 
@@ -38,17 +39,14 @@ class Look:
         if amendments.is_blind(record, update):
             return []
         try:
-            lessons = [Lesson(slot.ids.tolist(), slot.prompt_length, again=True) for slot in slots]
-            readings = yield from self._updater.look(lessons)
+            readings = yield from self._updater.look([Lesson.of(slot) for slot in slots])
             return sorted(zip(slots, readings, strict=True), key=_loss, reverse=True)
         except torch.OutOfMemoryError:
             # what was computed is held by the exception, so room is made after this block
             pass
         self._updater.ran_out()
         _log.warning("out of memory while %d old samples were looked at: what is forgotten is not known", len(slots))
-        yield WRITES
-        self._acknowledge([{"kind": "blind", "of": record["seq"], "done": update}])
-        yield "written"
+        yield from writing(partial(self._acknowledge, [{"kind": "blind", "of": record["seq"], "done": update}]))
         return []
 
 
