@@ -202,7 +202,7 @@ class Updater:
             for lesson in lessons:
                 if not lesson.again and lesson.refusal is None:
                     prompt = lesson.ids[: lesson.prompt_length] if lesson.asked is None else lesson.asked
-                    scope = scope.learned(name, self.describer(prompt, [len(prompt)])[0], prompt[-1])
+                    scope = scope.learned(name, prompt, self.describer(prompt, [len(prompt)])[0])
         return scope
 
     def _built(self, draft: Draft, scope: Scope | None = None) -> Generator[str, None, Served]:

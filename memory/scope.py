@@ -3,7 +3,7 @@
 A correction has a scope, the inputs whose answers it is meant to change (SERAC, Mitchell et al. 2022,
 arXiv:2206.06520). Here nothing is trained for that: a text lies in the scope of an expert if it is as near to a learned
 prompt as these are to each other, much like the deferral radius of GRACE (Hartvigsen et al. 2023, arXiv:2211.11031).
-Near is meant by cosines of descriptions, whatever makes these of token ids.
+Near is meant twice: by cosines of descriptions, whatever makes these of token ids, and by the words (`words.py`).
 
 A scope is a value: it belongs to a served version, and to learn one more prompt is to make another scope.
 """
@@ -18,11 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ogpstream.memory.words import Words
+
 # prompts that an expert remembers; then the two nearest become one: 4 MB in a snapshot at width 2048
 CAPACITY = 512
-# distances are 1 - cosine. From FEW learned prompts on the radius follows theirs, at most to MOST: running text begins
-# at 0.41. Before, it is FIRST: of 450 test prompts 99 % are nearer to one that was learned with the same answer
-FEW, FIRST, MOST = 32, 0.15, 0.3
+# distances are 1 - cosine. From FEW learned prompts on the radius follows theirs, between LEAST and MOST; before, it is
+# FIRST
+FEW = 32
+
+
+@dataclass(frozen=True)
+class Radius:
+    """Distances up to which a text is like the learned prompts."""
+
+    first: float
+    least: float
+    most: float
+
+
+# of 450 test prompts 99 % are nearer than 0.15 to one that was learned with the same answer, of other wordings of
+# single facts 99 % nearer than 0.1; running text begins at 0.41
+FORM = Radius(0.15, 0.1, 0.3)
+# of other wordings of single facts 97 % are nearer than 0.5, of questions on other matters none is nearer than 0.8;
+# beyond 0.95 less than a word is shared
+WORDS = Radius(0.8, 0.5, 0.95)
 # the distance that 99 % of learned prompts keep to the nearest other one, and a tenth more
 SHARE, SLACK = 0.99, 1.1
 # under this distance two prompts are the same, but for rounding to half precision
@@ -42,37 +61,45 @@ class Prompts:
         rows: their descriptions, unit rows `[n, width]` of values that half precision has.
         counts: prompts that each row is the mean of.
         nearest: distance of each row to the nearest other one.
+        words: what they consist of.
         closing: ids that prompts ended with.
     """
 
     rows: Tensor
     counts: Tensor
     nearest: Tensor
+    words: Words = field(default_factory=Words.empty)
     closing: frozenset[int] = frozenset()
 
     @classmethod
     def empty(cls, width: int) -> Prompts:
         return cls(torch.zeros(0, width), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
+    def holds(self, text: Sequence[int], described: Tensor) -> bool:
+        """Whether a text, by its ids and its description `[width]`, is like a learned prompt."""
+        return (float(self.distances(described[None]).min()) <= self.radius
+                and float(self.words.distances(text).min()) <= _radius(self.words.nearest, WORDS))
+
     def distances(self, described: Tensor) -> Tensor:
         """`[B, n]` for descriptions `[B, width]`."""
         return 1 - described @ self.rows.T
 
-    def learned(self, described: Tensor, last: int) -> Prompts:
-        """With one more prompt, by its description `[width]` and its last id."""
-        closing = self.closing | {last}
+    def learned(self, prompt: Sequence[int], described: Tensor) -> Prompts:
+        """With one more prompt, by its ids and its description `[width]`."""
+        words, closing = self.words.learned(prompt), self.closing | {prompt[-1]}
         distance = self.distances(described[None])[0]
         if len(self.rows) and float(distance.min()) < SAME:
             counts = self.counts.clone()
             counts[distance.argmin()] += 1
-            return replace(self, counts=counts, closing=closing)
+            return replace(self, counts=counts, words=words, closing=closing)
         if len(self.rows) == CAPACITY:
-            return replace(self._merged(described), closing=closing)
+            return replace(self._merged(described), words=words, closing=closing)
         nearest = float(distance.min()) if len(distance) else torch.inf
         return Prompts(
             torch.cat([self.rows, described[None].half().float()]),
             torch.cat([self.counts, torch.ones(1, dtype=torch.int64)]),
             torch.cat([torch.minimum(self.nearest, distance), torch.tensor([nearest])]),
+            words,
             closing,
         )
 
@@ -97,10 +124,15 @@ class Prompts:
 
     @cached_property
     def radius(self) -> float:
-        """Distance up to which a prompt is like the learned ones."""
-        if len(self.rows) < FEW:
-            return FIRST
-        return min(MOST, SLACK * float(torch.quantile(self.nearest, SHARE)))
+        """Distance of descriptions up to which a prompt is like the learned ones."""
+        return _radius(self.nearest, FORM)
+
+
+def _radius(nearest: Tensor, bounds: Radius) -> float:
+    """Of distances to the nearest other prompt."""
+    if len(nearest) < FEW:
+        return bounds.first
+    return min(bounds.most, max(bounds.least, SLACK * float(torch.quantile(nearest, SHARE))))
 
 
 @dataclass(frozen=True)
@@ -115,10 +147,10 @@ class Scope:
     experts: Mapping[str, Prompts] = field(default_factory=dict)
     everywhere: frozenset[str] = frozenset()
 
-    def learned(self, expert: str, described: Tensor, last: int) -> Scope:
-        """With one more prompt of an expert, by its description `[width]` and its last id."""
+    def learned(self, expert: str, prompt: Sequence[int], described: Tensor) -> Scope:
+        """With one more prompt of an expert, by its ids and its description `[width]`."""
         before = self.experts.get(expert) or Prompts.empty(len(described))
-        return replace(self, experts={**self.experts, expert: before.learned(described, last)})
+        return replace(self, experts={**self.experts, expert: before.learned(prompt, described)})
 
     def opened(self, expert: str) -> Scope:
         """With an expert that answers every prompt."""
@@ -138,7 +170,7 @@ class Scope:
         ends = [*[end for end, token in enumerate(ids[:-1], 1) if token in closing][-PLACES:], len(ids)]
         described = describe(ids, ends)
         return always.union(name for name, own in known.items()
-                            if float(own.distances(described).min()) <= own.radius)
+                            if any(own.holds(ids[:end], row) for end, row in zip(ends, described, strict=True)))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values); counts and distances are those in use."""
@@ -146,7 +178,7 @@ class Scope:
         tensors = {}
         for number, name in enumerate(names):
             own = self.experts[name]
-            parts = {"rows": own.rows.half(), "counts": own.counts, "nearest": own.nearest}
+            parts = {"rows": own.rows.half(), "counts": own.counts, "nearest": own.nearest, **own.words.state_dict()}
             tensors.update({f"{number}.{part}": tensor for part, tensor in parts.items()})
         closing = [sorted(self.experts[name].closing) for name in names]
         return tensors, {"experts": names, "closing": closing, "everywhere": sorted(self.everywhere)}
@@ -160,9 +192,14 @@ class Scope:
         """
         experts = {}
         for number, (name, closing) in enumerate(zip(meta["experts"], meta["closing"], strict=True)):
-            rows, counts, nearest = (tensors[f"{number}.{part}"] for part in ("rows", "counts", "nearest"))
+            own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{number}.")}
+            rows, counts, nearest = own["rows"], own["counts"], own["nearest"]
             if rows.dim() != 2 or not len(rows) == len(counts) == len(nearest):
                 raise ValueError(f"the saved prompts of {name!r} do not fit together: {tuple(rows.shape)} rows, "
                                  f"{len(counts)} counts, {len(nearest)} distances")
-            experts[name] = Prompts(rows.float(), counts.clone(), nearest.clone(), frozenset(closing))
+            try:
+                words = Words.from_state_dict(own)
+            except ValueError as error:
+                raise ValueError(f"the saved words of {name!r} do not fit together: {error}") from None
+            experts[name] = Prompts(rows.float(), counts.clone(), nearest.clone(), words, frozenset(closing))
         return cls(experts, frozenset(meta["everywhere"]))

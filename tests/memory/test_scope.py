@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ogpstream.memory import scope as module
-from ogpstream.memory.scope import FEW, FIRST, MOST, Prompts, Scope
+from ogpstream.memory.scope import FEW, FORM, Prompts, Scope
 
 WIDTH = 16
 END = 3  # the last id of every question
@@ -39,7 +39,7 @@ def _question(seed: int, topic: int, length: int = 30) -> list[int]:
 
 
 def _learn(scope: Scope, ids: Sequence[int], expert: str = "e") -> Scope:
-    return scope.learned(expert, _describe(ids, [len(ids)])[0], ids[-1])
+    return scope.learned(expert, ids, _describe(ids, [len(ids)])[0])
 
 
 def _learned(count: int = 60) -> Scope:
@@ -57,6 +57,23 @@ def _share(scope: Scope, topic: int) -> float:
 def test_it_tells_questions_like_the_learned_ones_from_others() -> None:
     scope = _learned()
     assert _share(scope, 0) >= 0.95 and _share(scope, 1) <= 0.05
+
+
+def test_the_form_alone_brings_no_question_into_it() -> None:
+    """Of single facts in one form another wording is in the scope, another matter is not, and no words without form."""
+    form, scope = [4, 5, 6, 7, 8, 9, *range(82, 90)] * 3, Scope()
+
+    def asked(first: int, second: int) -> list[int]:
+        return [*form, 10 + first, 10 + second, 4, 5, 6, END]
+
+    for n in range(12):
+        scope = _learn(scope, asked(2 * n, 2 * n + 1))
+    near = torch.cat([_describe(question, [len(question)]) for question in (asked(3, 2), asked(30, 31))])
+    assert float(scope.experts["e"].distances(near).min(1).values.max()) < FORM.first
+    for reworded in (asked(3, 2), [*form, 40, 12, 13, 4, 5, 6, END]):
+        assert scope.answering(reworded, ["e"], _describe)
+    assert not scope.answering(asked(30, 31), ["e"], _describe)
+    assert not scope.answering([60, 61, 12, 13, 62, 63, 64, END], ["e"], _describe)
 
 
 def test_the_answer_and_a_later_question_do_not_take_a_text_out() -> None:
@@ -127,9 +144,10 @@ def _prompts(nearest: Tensor) -> Prompts:
 
 
 def test_the_radius() -> None:
-    assert _prompts(torch.full((FEW - 1,), 0.01)).radius == FIRST
-    assert _prompts(torch.linspace(0.0, 0.099, 100)).radius == pytest.approx(1.1 * 0.09801)
-    assert _prompts(torch.full((100,), 0.9)).radius == MOST
+    assert _prompts(torch.full((FEW - 1,), 0.01)).radius == FORM.first
+    assert _prompts(torch.linspace(0.0, 0.198, 100)).radius == pytest.approx(1.1 * 0.19602)
+    assert _prompts(torch.full((100,), 0.01)).radius == FORM.least
+    assert _prompts(torch.full((100,), 0.9)).radius == FORM.most
 
 
 def test_a_full_memory_keeps_room_for_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:

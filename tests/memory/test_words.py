@@ -1,0 +1,100 @@
+"""Words: distances of texts to learned prompts by the ids that they share, against a slow float64 reference."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ogpstream.memory import words as module
+from ogpstream.memory.words import WINDOW, Words
+
+FORM = [1, 2, 3, 4, 5, 6]
+
+prompts = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+def _learned(texts: Sequence[Sequence[int]]) -> Words:
+    words = Words.empty()
+    for text in texts:
+        words = words.learned(text)
+    return words
+
+
+def _distance(text: Sequence[int], prompt: Sequence[int], learned: Sequence[Sequence[int]]) -> float:
+    """1 - cosine of the two sets, with weights of a learned collection."""
+    def weight(token: int) -> float:
+        return 0.1 / (0.1 + sum(token in one for one in learned) / (len(learned) + 4))
+
+    first, second = set(text[-WINDOW:]), set(prompt[-WINDOW:])
+    norms = [math.sqrt(sum(weight(token) ** 2 for token in own)) for own in (first, second)]
+    return 1 - sum(weight(token) ** 2 for token in first & second) / (norms[0] * norms[1])
+
+
+@given(prompts, st.lists(st.integers(0, 60), min_size=1, max_size=200))
+def test_distances_are_those_of_the_formula(texts: list[list[int]], text: list[int]) -> None:
+    different = [list(own) for own in dict.fromkeys(tuple(sorted(set(one))) for one in texts)]
+    words = _learned(texts)
+    assert words.lengths.tolist() == [len(own) for own in different]
+    expected = [_distance(text, own, different) for own in different]
+    torch.testing.assert_close(words.distances(text), torch.tensor(expected), atol=2e-5, rtol=0)
+
+
+def test_what_all_prompts_have_counts_little() -> None:
+    words = _learned([[*FORM, 100 + n, 200 + n, 300 + n, 7] for n in range(50)])
+    # two of three words and not the form, the form and no word, words that no prompt has
+    reworded, other = [20, 21, 105, 205, 7], [*FORM, 400, 401, 402, 7]
+    assert float(words.distances(reworded).min()) < 0.5 and int(words.distances(reworded).argmin()) == 5
+    assert float(words.distances(other).min()) > 0.9
+    assert float(words.distances([*FORM, 105, 205, 305, 7])[5]) < 1e-6
+
+
+def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
+    long = [*range(1000, 1500), *range(2000, 2000 + WINDOW)]
+    words = _learned([long])
+    assert words.lengths.tolist() == [WINDOW]
+    assert float(words.distances(long[-WINDOW:])[0]) < 1e-6 and float(words.distances(long[:500])[0]) == 1
+
+
+def test_the_nearest_other_prompt_is_known_of_each() -> None:
+    words, third = _learned([[*FORM, 10, 11], [*FORM, 20, 21]]), [*FORM, 10, 12]
+    near, far = words.distances(third).tolist()
+    assert near < far
+    assert words.learned(third).nearest.tolist() == [near, min(far, float(words.nearest[1])), near]
+    assert torch.isinf(_learned([FORM]).nearest).all()
+
+
+def test_to_learn_makes_another_value() -> None:
+    words = _learned([[1, 2], [3, 4]])
+    before = words.state_dict()
+    copies = {key: tensor.clone() for key, tensor in before.items()}
+    assert len(words.learned([5, 6]).lengths) == 3 and words.learned([2, 1]) is words
+    assert all(torch.equal(words.state_dict()[key], copies[key]) for key in copies)
+
+
+def test_where_it_is_full_one_of_two_that_are_nearest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPACITY", 10)
+    apart = [[*FORM, 100 + 3 * n, 101 + 3 * n, 102 + 3 * n] for n in range(9)]
+    twin = [*FORM, 100, 101, 500]
+    words = _learned([*apart, twin, [*FORM, 600, 601, 602]])
+    assert len(words.lengths) == len(words.nearest) == 10 and int(words.lengths.sum()) == len(words.ids)
+    for kept in (*apart[1:], [*FORM, 600, 601, 602]):
+        assert float(words.distances(kept).min()) < 1e-6
+    # what is left of the two answers for both
+    assert max(float(words.distances(one).min()) for one in (apart[0], twin)) < 0.5
+
+
+def test_it_goes_on_from_what_was_saved() -> None:
+    words = _learned([[*FORM, n, 50 + n % 3] for n in range(10, 30)])
+    saved = words.state_dict()
+    loaded = Words.from_state_dict(saved)
+    first, second = (one.learned([*FORM, 70, 71]) for one in (words, loaded))
+    assert all(torch.equal(tensor, second.state_dict()[key]) for key, tensor in first.state_dict().items())
+    saved["words"].zero_()
+    assert loaded.ids.any()
+    with pytest.raises(ValueError, match="20 prompts of 159 ids"):
+        Words.from_state_dict({**loaded.state_dict(), "lengths": loaded.lengths - (torch.arange(20) == 0).long()})
+    with pytest.raises(ValueError, match="3 distances"):
+        Words.from_state_dict({**loaded.state_dict(), "apart": torch.zeros(3)})
