@@ -8,15 +8,12 @@ a second one that is not killed must be in the same state at the end of the doma
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,13 @@ from ogpstream.learner import LearnerConfig, OgpStreamError
 from ogpstream.profiling.demo_model import base_model, gather_corpus
 from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary
-from ogpstream.profiling.demo_worker import Job
+from ogpstream.profiling.demo_worker import Job, run_job
 from ogpstream.profiling.tasks import demo_tasks
+
+# one process loads the libraries and forks the workers: they take 5 s of a core, and there are five workers
+_WORKERS: Any = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+_WORKERS.set_forkserver_preload(["ogpstream.profiling.demo_worker"])
 
 # slots of the ring: a small part of the 600 samples, as for a stream without an end
 RING = 32
@@ -110,29 +112,23 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
 
 def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None) -> dict[str, Any]:
     """One worker to its result; with `kill_at` its process gets SIGKILL there once, and another one goes on."""
-    description = Path(job.result).with_suffix(".job")
-    description.write_text(json.dumps(asdict(job)), "utf-8")
-    log = Path(job.result).with_suffix(".log")
-    progress = Path(job.progress)
+    log, progress = Path(job.result).with_suffix(".log"), Path(job.progress)
     while True:
-        with open(log, "ab") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ogpstream.profiling.demo_worker", str(description)],
-                stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-            )
+        process = _WORKERS.Process(target=run_job, args=(job, log), daemon=True)
+        process.start()
         killed = False
-        while process.poll() is None:
+        while process.is_alive():
             time.sleep(0.05)
             learned = json.loads(progress.read_text("utf-8"))["learned"] if progress.exists() else 0
             show(learned)
             if kill_at is not None and learned >= kill_at:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                process.kill()
+                process.join()
                 killed, kill_at = True, None
         if not killed:
             break
-    if process.returncode != 0 or not Path(job.result).exists():
-        said = log.read_text("utf-8", errors="replace").strip().splitlines()
+    if process.exitcode != 0 or not Path(job.result).exists():
+        said = log.read_text("utf-8", errors="replace").strip().splitlines() if log.exists() else []
         raise WorkerFailed(f"the learner {name!r} failed: {said[-1] if said else 'no message'} (see {log})")
     values: dict[str, Any] = json.loads(Path(job.result).read_text("utf-8"))
     show(values["updates"])

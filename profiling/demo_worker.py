@@ -1,7 +1,5 @@
 """One learner of the demo in a process of its own: it can be killed and started again with the same job.
 
-    python -m ogpstream.profiling.demo_worker JOB.json
-
 The job names the model, the method and the files; progress is written to one of them after every few samples, whole
 or not at all, and the scores when the stream has ended.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -64,6 +61,14 @@ class Job:
     calibration: Sequence[str] | None
     held_out: Sequence[str]
     adapter: str | None
+
+
+def run_job(job: Job, log: Path) -> None:
+    """`work` as the whole of a process, whose output goes to a file."""
+    with open(log, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    work(job)
 
 
 def work(job: Job) -> None:
@@ -124,7 +129,3 @@ def _write(path: str | Path, values: Any) -> None:
     temporary = f"{path}.new"
     Path(temporary).write_text(json.dumps(values), "utf-8")
     os.replace(temporary, path)
-
-
-if __name__ == "__main__":
-    work(Job(**json.loads(Path(sys.argv[1]).read_text("utf-8"))))

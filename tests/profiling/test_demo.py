@@ -1,6 +1,6 @@
 import io
 import json
-import sys
+import signal
 
 import pytest
 from rich.console import Console
@@ -69,13 +69,13 @@ def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
 def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     from ogpstream.profiling import demo_worker
 
-    calls = []
-    real = demo_run.subprocess.Popen
-    monkeypatch.setattr(demo_run.subprocess, "Popen", lambda *a, **k: calls.append(a) or real(*a, **k))
+    processes = []
+    real = demo_run._WORKERS.Process
+    monkeypatch.setattr(demo_run._WORKERS, "Process", lambda **how: processes.append(real(**how)) or processes[-1])
     shown: list[int] = []
     killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
-    assert len(calls) == 2 and killed["updates"] == 60 and shown[-1] == 60
-    assert calls[0][0][0] == sys.executable
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0]
+    assert killed["updates"] == 60 and shown[-1] == 60
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"), domains=3)
     demo_worker.work(job)
     steady = json.loads((tmp_path / "steady.json").read_text())
