@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-NAMES = ("corrections", "forgetting", "kernels", "serving", "update", "vram")
+NAMES = ("corrections", "forgetting", "kernels", "scope", "serving", "update", "vram")
 
 
 class Benchmarks(TyperGroup):
@@ -29,7 +29,7 @@ class Benchmarks(TyperGroup):
 def register(app: typer.Typer) -> None:
     """Add the benchmarks to the command line."""
     group = typer.Typer(cls=Benchmarks, no_args_is_help=True,
-                        help="Measure: kernels, updates, memory, serving, forgetting, corrections.")
+                        help="Measure: kernels, updates, memory, serving, forgetting, corrections, scope.")
     # without a callback or a command of its own typer takes it for empty
     group.callback()(lambda: None)
     app.add_typer(group, name="bench")
