@@ -43,6 +43,10 @@ class Words:
     lengths: Tensor
     nearest: Tensor
 
+    def __post_init__(self) -> None:
+        # when it is learned, and not when the first request comes
+        _ = self._norms
+
     @classmethod
     def empty(cls) -> Words:
         return cls(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
@@ -70,7 +74,7 @@ class Words:
         shared[known] = weights[known]
         # an id that no prompt has counts 1
         norm = float(weights[known].sum()) + len(own) - len(known)
-        return 1 - self._sums(shared) / (self._sums(weights) * max(norm, _SAME)).sqrt()
+        return 1 - self._sums(shared) / (self._norms * max(norm, _SAME)).sqrt()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its tensors, those in use."""
@@ -101,6 +105,11 @@ class Words:
     def _owners(self) -> Tensor:
         """The prompt of each of `ids`."""
         return torch.arange(len(self.lengths)).repeat_interleave(self.lengths)
+
+    @cached_property
+    def _norms(self) -> Tensor:
+        """Of each prompt, squared."""
+        return self._sums(self._squares)
 
     @cached_property
     def _squares(self) -> Tensor:

@@ -36,10 +36,10 @@ _WORKERS.set_forkserver_preload(["ogpstream.profiling.demo_worker"])
 RING = 32
 # updates in the idle phase after each domain, two old samples each
 IDLE = 60
-# samples between two points of the curve
+# samples between two points of the curve inside a domain: one in the middle of each
 EVERY = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
-RATES = {"ogp": 3e-3, "replay1": 1e-3, "sequential": 5e-4}
+RATES = {"ogp": 4e-3, "replay1": 1e-3, "sequential": 5e-4}
 # stronger than the default: a base of 2M parameters uses every direction it has
 BASE_ANCHOR = 3e-2
 HELD_OUT = 96
