@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ogpstream.learner.terminal import tell
+from ogpstream.profiling.demo_pool import load_libraries
 
 
 def register(app: typer.Typer) -> None:
@@ -27,6 +28,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")] = False,
 ) -> None:
     """Learn 600 corrections in five domains one by one beside replay and sequential LoRA, survive a kill."""
+    load_libraries()
     # here, because they take seconds, and --help needs none of them
     from rich.console import Console
     from transformers.utils import logging as transformers_logging

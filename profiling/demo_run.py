@@ -8,7 +8,6 @@ a second one that is not killed must be in the same state at the end of the doma
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -22,22 +21,16 @@ from rich.console import Console
 
 from ogpstream.learner import LearnerConfig, OgpStreamError
 from ogpstream.profiling.demo_model import base_model, gather_corpus
+from ogpstream.profiling.demo_pool import WORKERS
 from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary
 from ogpstream.profiling.demo_worker import Job, run_job
 from ogpstream.profiling.tasks import demo_tasks
 
-# one process loads the libraries and forks the workers: they take 5 s of a core, and there are five workers
-_WORKERS: Any = multiprocessing.get_context(
-    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
-_WORKERS.set_forkserver_preload(["ogpstream.profiling.demo_worker"])
-
 # slots of the ring: a small part of the 600 samples, as for a stream without an end
 RING = 32
 # updates in the idle phase after each domain, two old samples each
 IDLE = 60
-# samples between two points of the curve inside a domain: one in the middle of each
-EVERY = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
 RATES = {"ogp": 4e-3, "replay1": 1e-3, "sequential": 5e-4}
 # stronger than the default: a base of 2M parameters uses every direction it has
@@ -83,7 +76,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     def job(name: str, method: str, *, saved: bool = False, domains: int | None = None,
             adapter: Path | None = None) -> Job:
         return Job(
-            model, method, config.to_dict(), RATES[method], IDLE, EVERY if domains is None else None, threads, None,
+            model, method, config.to_dict(), RATES[method], IDLE, domains is None, threads, None,
             domains, compared, str(work / f"{name}.progress.json"), str(work / f"{name}.json"),
             str(work / f"{name}.state") if saved else None, calibration, held_out,
             None if adapter is None else str(adapter),
@@ -114,7 +107,7 @@ def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None) 
     """One worker to its result; with `kill_at` its process gets SIGKILL there once, and another one goes on."""
     log, progress = Path(job.result).with_suffix(".log"), Path(job.progress)
     while True:
-        process = _WORKERS.Process(target=run_job, args=(job, log), daemon=True)
+        process = WORKERS.Process(target=run_job, args=(job, log), daemon=True)
         process.start()
         killed = False
         while process.is_alive():

@@ -42,7 +42,7 @@ class Job:
         calibration: texts for the warm start; None for the model's own samples.
         held_out: texts that retention is measured on.
         adapter: folder for the PEFT export, or None.
-        every: samples between points of the accuracy over the stream; None only learns, without any score.
+        scored: before the stream and after each domain; else it only learns.
     """
 
     model: str
@@ -50,7 +50,7 @@ class Job:
     config: dict[str, Any]
     lr: float
     idle: int
-    every: int | None
+    scored: bool
     threads: int
     samples: int | None
     domains: int | None
@@ -84,9 +84,8 @@ def work(job: Job) -> None:
     else:
         learner = StreamLearner(model, tokenizer, method_config(job.method, equal, lr=job.lr),
                                 state_dir=job.state_dir, calibration=job.calibration)
-    scored = job.every is not None
     before: list[float] = []
-    if scored:
+    if job.scored:
         texts = tokenizer(list(job.held_out), truncation=True, max_length=learner.max_tokens)["input_ids"]
         probe = RetentionProbe(learner.attachment, texts)
         with learner.attachment.binding.using(None):
@@ -105,11 +104,11 @@ def work(job: Job) -> None:
             _write(job.progress, asdict(run))
 
     _write(job.progress, asdict(run))
-    run = run_stream(learner_student(learner, job.method, equal), tasks, idle=job.idle, every=job.every,
-                     score=scored, run=run, on_progress=tell)
+    run = run_stream(learner_student(learner, job.method, equal), tasks, idle=job.idle, score=job.scored, run=run,
+                     on_progress=tell)
     drift = meter.drift()
-    retention = probe.measure() if scored else None
-    everywhere = probe.measure(everywhere=True) if scored else None
+    retention = probe.measure() if job.scored else None
+    everywhere = probe.measure(everywhere=True) if job.scored else None
     if job.adapter is not None:
         learner.export_peft(job.adapter, replace=True)
     _write(job.result, {

@@ -57,7 +57,7 @@ def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
     tiny_tokenizer.save_pretrained(folder / "base")
     config = LearnerConfig(ring_samples=8, rehearsals=1, warm_samples=2, warm_tokens=8, snapshot_every=7)
     values = dict(
-        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, every=None, threads=1,
+        model=str(folder / "base"), method="ogp", config=config.to_dict(), lr=1e-3, idle=2, scored=False, threads=1,
         samples=12, domains=None, digest_after=3,
         progress=str(folder / f"{name}.progress.json"), result=str(folder / f"{name}.json"),
         state_dir=str(folder / f"{name}.state"), calibration=None, held_out=["some text to keep"],
@@ -70,8 +70,8 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
     from ogpstream.profiling import demo_worker
 
     processes = []
-    real = demo_run._WORKERS.Process
-    monkeypatch.setattr(demo_run._WORKERS, "Process", lambda **how: processes.append(real(**how)) or processes[-1])
+    real = demo_run.WORKERS.Process
+    monkeypatch.setattr(demo_run.WORKERS, "Process", lambda **how: processes.append(real(**how)) or processes[-1])
     shown: list[int] = []
     killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
     assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0]
