@@ -7,6 +7,7 @@ or not at all, and the scores when the stream has ended.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -95,7 +96,11 @@ def work(job: Job) -> None:
     # in a file of its own, since the process may be killed after that
     digest = Path(f"{job.progress}.digest")
 
+    parent = multiprocessing.parent_process()
+
     def tell(run: StreamRun) -> None:
+        if parent is not None and not parent.is_alive():
+            raise SystemExit("the demo is gone")
         if run.learned == compared and len(run.rows) == job.digest_after:
             _write(digest, learner.state_sha256())
         if run.learned % LOOK == 0:

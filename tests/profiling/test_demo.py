@@ -1,6 +1,11 @@
 import io
 import json
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -52,6 +57,13 @@ def test_the_table_and_the_picture_show_all_three(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def wait_for(happened, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def _job(tiny_model, tiny_tokenizer, folder, name, **changes):
     tiny_model("llama").save_pretrained(folder / "base")
     tiny_tokenizer.save_pretrained(folder / "base")
@@ -90,6 +102,33 @@ def test_a_worker_that_fails_says_why(tiny_model, tiny_tokenizer, tmp_path):
     # by the name that the table has for it
     with pytest.raises(demo_run.WorkerFailed, match="the learner 'replay alone' failed: .*missing"):
         demo_run._run("replay alone", job, lambda n: None, None)
+
+
+_STARTS = """
+import sys, time
+from pathlib import Path
+from ogpstream.profiling.demo_pool import WORKERS
+from ogpstream.profiling.demo_worker import Job, run_job
+if __name__ == "__main__":
+    job = Job(**eval(Path(sys.argv[1]).read_text()))
+    WORKERS.Process(target=run_job, args=(job, sys.argv[2]), daemon=True).start()
+    time.sleep(1000)
+"""
+
+
+def test_a_worker_ends_when_the_demo_is_killed(tiny_model, tiny_tokenizer, tmp_path):
+    job = _job(tiny_model, tiny_tokenizer, tmp_path, "alone", samples=None)
+    (tmp_path / "job").write_text(repr(asdict(job)))
+    (tmp_path / "starts.py").write_text(_STARTS)
+    log = tmp_path / "log"
+    demo = subprocess.Popen([sys.executable, tmp_path / "starts.py", tmp_path / "job", log])
+    try:
+        wait_for(Path(job.progress).exists)
+    finally:
+        demo.kill()
+        demo.wait()
+    wait_for(lambda: log.read_text().strip().endswith("the demo is gone"))
+    assert not Path(job.result).exists()
 
 
 def test_a_wrong_model_is_told_before_any_folder_is_made(tmp_path):
