@@ -30,7 +30,7 @@ def bench_corrections(
     neighbours: Annotated[int, typer.Option(min=1, max=100, help="questions of two kinds that are never told")] = 100,
     ring: Annotated[int, typer.Option(min=1, help="slots of the replay ring")] = 4096,
     seeds: Annotated[int, typer.Option(min=1, help="number of seeds")] = 1,
-    idle: Annotated[int, typer.Option(min=0, help="updates in the idle phase after every 100 facts")] = 100,
+    idle: Annotated[int, typer.Option(min=0, help="updates of an idle phase after every 100 facts and the last")] = 100,
     refresh: Annotated[bool, typer.Option("--refresh", help="ours and replay1 rest until they know all they have kept")
                        ] = False,
     lr: Annotated[list[str] | None, typer.Option(help="method=rate")] = None,

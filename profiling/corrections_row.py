@@ -23,7 +23,7 @@ from ogpstream.profiling.student import LearnerStudent
 ANSWER = 4
 # prompts of one forward
 BATCH = 64
-# facts between two idle phases
+# facts between two idle phases; another one comes behind the last
 REST = 100
 
 # facts or epochs done
@@ -38,7 +38,7 @@ class Job(Keyed):
         facts: told, one after the other.
         amends: of them that are told again with another answer at the end.
         neighbours: questions of each kind that were never told.
-        idle: updates of the idle phase after every 100 facts.
+        idle: updates of the idle phase after every 100 facts, and the last.
         refresh: the learner itself, with a ring, rests until it knows all that is there instead, `idle` or not.
     """
 
@@ -84,7 +84,7 @@ def run_row(job: Job, on_progress: Progress = lambda done: None) -> dict[str, An
             learner.learn(_sample(fact))
             milliseconds.append(1e3 * (time.perf_counter() - began))
             stuck += right(model, tokenizer, [fact.prompts[0]], [fact.answer])
-            if number % REST == 0:
+            if number % REST == 0 or number == len(told):
                 if job.refresh and isinstance(learner, LearnerStudent) and learner.alone is None:
                     learner.learner.refresh()
                 elif job.idle:

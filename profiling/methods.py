@@ -22,7 +22,7 @@ _BASELINES = {"replay16": "Replay16", "ewc": "EWC", "si": "SI", "agem": "AGEM", 
               "olora": "OLoRA", "osf": "OSF", "joint": "Joint"}
 METHODS = (*OURS, "sequential", "replay16", "replay1", "ewc", "si", "agem", "derpp", "mer", "olora", "osf", "joint")
 # of plain LoRA by the learner, untuned and tried; each baseline has its own
-PLAIN_RATE, PLAIN_RATES = 1e-3, (5e-4, 1e-3, 2e-3)
+PLAIN_RATE, PLAIN_RATES = 1e-3, (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
 def named_methods(names: str) -> list[str]:

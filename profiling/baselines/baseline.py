@@ -49,7 +49,7 @@ class Baseline:
 
     boundaries: ClassVar[bool] = False
     rate: ClassVar[float] = 1e-3
-    rates: ClassVar[Sequence[float]] = (5e-4, 1e-3, 2e-3)
+    rates: ClassVar[Sequence[float]] = (2.5e-4, 5e-4, 1e-3, 2e-3)
     strengths: ClassVar[Sequence[float]] = ()
     strength: float | None = None
 
