@@ -37,5 +37,5 @@ def test_a_wrong_file_of_rates_is_told(tmp_path, text, told):
 def test_every_setting_of_a_grid_is_a_row_of_its_own():
     job = Job("ewc", "m", None, "demo", LearnerConfig().to_dict())
     tried = candidates(job)
-    assert len({(one.lr, one.strength) for one in tried}) == len({one.settings for one in tried}) == 9
+    assert len({(one.lr, one.strength) for one in tried}) == len({one.settings for one in tried}) == 12
     assert candidates(Job("ogp", "m", None, "demo", LearnerConfig().to_dict())) == []
