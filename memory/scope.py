@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ogpstream.memory.words import Words
+from ogpstream.memory.words import WINDOW, Words
 
 # prompts that an expert remembers; then the two nearest become one: 4 MB in a snapshot at width 2048
 CAPACITY = 512
-# distances are 1 - cosine. From FEW learned prompts on the radius follows theirs, between LEAST and MOST; before, it is
-# FIRST
+# learned prompts from which on a radius follows their distances
 FEW = 32
 
 
 @dataclass(frozen=True)
 class Radius:
-    """Distances up to which a text is like the learned prompts."""
+    """Distances, 1 - cosine, up to which a text is like the learned prompts: of the first few, and then at least and at
+    most."""
 
     first: float
     least: float
@@ -39,9 +39,10 @@ class Radius:
 # of 450 test prompts 99 % are nearer than 0.15 to one that was learned with the same answer, of other wordings of
 # single facts 99 % nearer than 0.1; running text begins at 0.41
 FORM = Radius(0.15, 0.1, 0.3)
-# of other wordings of single facts 97 % are nearer than 0.5, of questions on other matters none is nearer than 0.8;
-# beyond 0.95 less than a word is shared
-WORDS = Radius(0.8, 0.5, 0.95)
+# base of 5.5M parameters: after 1 to 40 single facts all other wordings are nearer than 0.6, and of questions on other
+# matters 2 % nearer than 0.65 from the third fact on, behind a system prompt of 60 words 7 %. Beyond 0.95 less than a
+# word is shared
+WORDS = Radius(0.65, 0.5, 0.95)
 # the distance that 99 % of learned prompts keep to the nearest other one, and a tenth more
 SHARE, SLACK = 0.99, 1.1
 # under this distance two prompts are the same, but for rounding to half precision
@@ -75,10 +76,11 @@ class Prompts:
     def empty(cls, width: int) -> Prompts:
         return cls(torch.zeros(0, width), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
-    def holds(self, text: Sequence[int], described: Tensor) -> bool:
-        """Whether a text, by its ids and its description `[width]`, is like a learned prompt."""
-        return (float(self.distances(described[None]).min()) <= self.radius
-                and float(self.words.distances(text).min()) <= _radius(self.words.nearest, WORDS))
+    def holds(self, text: Sequence[int], ends: Sequence[int], described: Tensor) -> bool:
+        """Whether a text up to one of the ends, by its ids and its descriptions `[len(ends), width]`, is like one."""
+        near = self.distances(described).min(1).values <= self.radius
+        return any(float(self.words.distances(text[max(0, end - WINDOW) : end]).min()) <= self.words_radius
+                   for end, like in zip(ends, near.tolist(), strict=True) if like)
 
     def distances(self, described: Tensor) -> Tensor:
         """`[B, n]` for descriptions `[B, width]`."""
@@ -127,6 +129,11 @@ class Prompts:
         """Distance of descriptions up to which a prompt is like the learned ones."""
         return _radius(self.nearest, FORM)
 
+    @cached_property
+    def words_radius(self) -> float:
+        """Distance of words up to which it is, too."""
+        return _radius(self.words.nearest, WORDS)
+
 
 def _radius(nearest: Tensor, bounds: Radius) -> float:
     """Of distances to the nearest other prompt."""
@@ -169,8 +176,7 @@ class Scope:
         closing = frozenset[int]().union(*(own.closing for own in known.values()))
         ends = [*[end for end, token in enumerate(ids[:-1], 1) if token in closing][-PLACES:], len(ids)]
         described = describe(ids, ends)
-        return always.union(name for name, own in known.items()
-                            if any(own.holds(ids[:end], row) for end, row in zip(ends, described, strict=True)))
+        return always.union(name for name, own in known.items() if own.holds(ids, ends, described))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values); counts and distances are those in use."""
@@ -199,6 +205,8 @@ class Scope:
                                  f"{len(counts)} counts, {len(nearest)} distances")
             try:
                 words = Words.from_state_dict(own)
+                if len(rows) and not len(words.nearest):
+                    raise ValueError(f"none for {len(rows)} descriptions")
             except ValueError as error:
                 raise ValueError(f"the saved words of {name!r} do not fit together: {error}") from None
             experts[name] = Prompts(rows.float(), counts.clone(), nearest.clone(), words, frozenset(closing))

@@ -12,16 +12,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rich.console import Console
 
 from ogpstream.learner import LearnerConfig, OgpStreamError
 from ogpstream.profiling.demo_model import base_model, gather_corpus
-from ogpstream.profiling.demo_pool import WORKERS
+from ogpstream.profiling.demo_pool import WORKERS, two_at_a_time
 from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary
 from ogpstream.profiling.demo_worker import Job, run_job
@@ -90,12 +90,11 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
         "ours, not killed": job("steady", "ogp", saved=True, domains=compared),
     }
     totals = {name: sum(sizes[: one.domains]) for name, one in jobs.items()}
-    with DemoProgress(console, totals) as progress, ThreadPoolExecutor(2) as pool:
-        running = {
-            name: pool.submit(_run, name, one, partial(progress.show, name), kill_at if name == "ours" else None)
+    with DemoProgress(console, totals) as progress:
+        results = two_at_a_time({
+            name: partial(_run, name, one, partial(progress.show, name), kill_at if name == "ours" else None)
             for name, one in jobs.items()
-        }
-        results = {name: future.result() for name, future in running.items()}
+        })
     values |= summary(results["ours"], results["ours, not killed"], results["replay alone"],
                       results["sequential LoRA"])
     draw(values, out / "accuracy.png")
@@ -103,8 +102,12 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     return values
 
 
-def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None) -> dict[str, Any]:
-    """One worker to its result; with `kill_at` its process gets SIGKILL there once, and another one goes on."""
+def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None, stop: Event) -> dict[str, Any]:
+    """One worker to its result; with `kill_at` its process gets SIGKILL there once, and another one goes on.
+
+    Raises:
+        WorkerFailed: it ended without a result, or was ended by `stop`.
+    """
     log, progress = Path(job.result).with_suffix(".log"), Path(job.progress)
     while True:
         process = WORKERS.Process(target=run_job, args=(job, log), daemon=True)
@@ -112,6 +115,8 @@ def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None) 
         killed = False
         while process.is_alive():
             time.sleep(0.05)
+            if stop.is_set():
+                process.kill()
             learned = json.loads(progress.read_text("utf-8"))["learned"] if progress.exists() else 0
             show(learned)
             if kill_at is not None and learned >= kill_at:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ogpstream.memory import scope as module
-from ogpstream.memory.scope import FEW, FORM, Prompts, Scope
+from ogpstream.memory.scope import FEW, FORM, WORDS, Prompts, Scope
+from ogpstream.memory.words import Words
 
 WIDTH = 16
 END = 3  # the last id of every question
@@ -148,6 +149,27 @@ def test_the_radius() -> None:
     assert _prompts(torch.linspace(0.0, 0.198, 100)).radius == pytest.approx(1.1 * 0.19602)
     assert _prompts(torch.full((100,), 0.01)).radius == FORM.least
     assert _prompts(torch.full((100,), 0.9)).radius == FORM.most
+
+
+def test_from_some_prompts_on_the_words_radius_follows_theirs_too() -> None:
+    def radius(count: int, groups: int) -> float:
+        scope = Scope()
+        for n in range(count):
+            group = n % groups
+            own = [200 + 2 * group, 201 + 2 * group, 500 + 2 * n, 501 + 2 * n]
+            scope = scope.learned("e", [4, *own, END], _describe([10 + n % 60, END], [2])[0])
+        return scope.experts["e"].words_radius
+
+    # pairs of words in common with two others, or with nobody
+    assert radius(FEW - 1, 14) == WORDS.first and radius(FEW + 10, 100) == WORDS.most
+    assert WORDS.least < radius(FEW + 10, 14) < WORDS.most
+
+
+def test_words_without_which_no_prompt_could_be_told_are_missed() -> None:
+    tensors, meta = _learned(5).state_dict()
+    empty = {f"0.{part}": tensor for part, tensor in Words.empty().state_dict().items()}
+    with pytest.raises(ValueError, match="saved words of 'e'.*none for 5 descriptions"):
+        Scope.from_state_dict({**tensors, **empty}, meta)
 
 
 def test_a_full_memory_keeps_room_for_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """Words: distances of texts to learned prompts by the ids that they share, against a slow float64 reference."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ogpstream.memory import words as module
 from ogpstream.memory.words import WINDOW, Words
@@ -26,9 +27,10 @@ def _learned(texts: Sequence[Sequence[int]]) -> Words:
 def _distance(text: Sequence[int], prompt: Sequence[int], learned: Sequence[Sequence[int]]) -> float:
     """1 - cosine of the two sets, with weights of a learned collection."""
     def weight(token: int) -> float:
-        return 0.1 / (0.1 + sum(token in one for one in learned) / (len(learned) + 4))
+        others = max(0, sum(token in one for one in learned) - 1)
+        return 0.1 / (0.1 + others / max(1, len(learned) - 1))
 
-    first, second = set(text[-WINDOW:]), set(prompt[-WINDOW:])
+    first, second = set(text), set(prompt)
     norms = [math.sqrt(sum(weight(token) ** 2 for token in own)) for own in (first, second)]
     return 1 - sum(weight(token) ** 2 for token in first & second) / (norms[0] * norms[1])
 
@@ -37,8 +39,10 @@ def _distance(text: Sequence[int], prompt: Sequence[int], learned: Sequence[Sequ
 def test_distances_are_those_of_the_formula(texts: list[list[int]], text: list[int]) -> None:
     different = [list(own) for own in dict.fromkeys(tuple(sorted(set(one))) for one in texts)]
     words = _learned(texts)
-    assert words.lengths.tolist() == [len(own) for own in different]
-    expected = [_distance(text, own, different) for own in different]
+    assert len(words.nearest) == len(different)
+    for number, own in enumerate(different):
+        assert words.ids[words.owners == number].tolist() == own
+    expected = [_distance(text[-words.longest :], own, different) for own in different]
     torch.testing.assert_close(words.distances(text), torch.tensor(expected), atol=2e-5, rtol=0)
 
 
@@ -54,15 +58,21 @@ def test_what_all_prompts_have_counts_little() -> None:
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
     long = [*range(1000, 1500), *range(2000, 2000 + WINDOW)]
     words = _learned([long])
-    assert words.lengths.tolist() == [WINDOW]
+    assert len(words.ids) == words.longest == WINDOW
     assert float(words.distances(long[-WINDOW:])[0]) < 1e-6 and float(words.distances(long[:500])[0]) == 1
+
+
+def test_what_was_said_before_a_prompt_is_not_looked_at() -> None:
+    words = _learned([[*FORM, 100 + n, 200 + n] for n in range(10)])
+    assert float(words.distances([*range(300, 340), *FORM, 103, 203])[3]) < 1e-6
 
 
 def test_the_nearest_other_prompt_is_known_of_each() -> None:
     words, third = _learned([[*FORM, 10, 11], [*FORM, 20, 21]]), [*FORM, 10, 12]
     near, far = words.distances(third).tolist()
     assert near < far
-    assert words.learned(third).nearest.tolist() == [near, min(far, float(words.nearest[1])), near]
+    before = words.nearest.tolist()
+    assert words.learned(third).nearest.tolist() == [min(near, before[0]), min(far, before[1]), near]
     assert torch.isinf(_learned([FORM]).nearest).all()
 
 
@@ -70,20 +80,27 @@ def test_to_learn_makes_another_value() -> None:
     words = _learned([[1, 2], [3, 4]])
     before = words.state_dict()
     copies = {key: tensor.clone() for key, tensor in before.items()}
-    assert len(words.learned([5, 6]).lengths) == 3 and words.learned([2, 1]) is words
+    assert len(words.learned([5, 6]).nearest) == 3 and words.learned([2, 1]) is words
     assert all(torch.equal(words.state_dict()[key], copies[key]) for key in copies)
 
 
-def test_where_it_is_full_one_of_two_that_are_nearest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_full_the_one_nearest_to_the_new_one_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CAPACITY", 10)
-    apart = [[*FORM, 100 + 3 * n, 101 + 3 * n, 102 + 3 * n] for n in range(9)]
-    twin = [*FORM, 100, 101, 500]
-    words = _learned([*apart, twin, [*FORM, 600, 601, 602]])
-    assert len(words.lengths) == len(words.nearest) == 10 and int(words.lengths.sum()) == len(words.ids)
-    for kept in (*apart[1:], [*FORM, 600, 601, 602]):
-        assert float(words.distances(kept).min()) < 1e-6
-    # what is left of the two answers for both
-    assert max(float(words.distances(one).min()) for one in (apart[0], twin)) < 0.5
+    apart = [[*FORM, 100 + 3 * n, 101 + 3 * n, 102 + 3 * n] for n in range(10)]
+    for near, place in (([*FORM, 112, 113, 500], 4), ([*FORM, 127, 128, 501], 9)):
+        words = _learned([*apart, near])
+        assert len(words.nearest) == 10 and words.ids[words.owners == place].tolist() == sorted(near)
+        assert (words.ids.diff() >= 0).all()
+        for kept in (*apart[:place], *apart[place + 1 :], near):
+            assert float(words.distances(kept).min()) < 1e-6
+        assert 0.1 < float(words.distances(apart[place]).min()) < 0.5
+
+
+def test_of_many_wordings_of_one_matter_some_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAPACITY", 50)
+    wordings = [[*FORM, 20, 21, 22, 100 + n] for n in range(25)]
+    words = _learned([*wordings, *([*FORM, 300 + 3 * n, 301 + 3 * n, 302 + 3 * n] for n in range(60))])
+    assert len(words.nearest) == 50 and float(words.distances(wordings[0]).min()) < 0.5
 
 
 def test_it_goes_on_from_what_was_saved() -> None:
@@ -92,9 +109,16 @@ def test_it_goes_on_from_what_was_saved() -> None:
     loaded = Words.from_state_dict(saved)
     first, second = (one.learned([*FORM, 70, 71]) for one in (words, loaded))
     assert all(torch.equal(tensor, second.state_dict()[key]) for key, tensor in first.state_dict().items())
-    saved["words"].zero_()
+    saved["ids"].zero_()
     assert loaded.ids.any()
-    with pytest.raises(ValueError, match="20 prompts of 159 ids"):
-        Words.from_state_dict({**loaded.state_dict(), "lengths": loaded.lengths - (torch.arange(20) == 0).long()})
-    with pytest.raises(ValueError, match="3 distances"):
-        Words.from_state_dict({**loaded.state_dict(), "apart": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("part,change", [
+    ("owners", lambda owners: owners[1:]), ("owners", lambda owners: owners.clamp_min(1)),
+    ("owners", lambda owners: owners - 1), ("ids", lambda ids: ids - 2), ("ids", lambda ids: ids.flip(0)),
+    ("words_nearest", lambda nearest: torch.cat([nearest, nearest])),
+])
+def test_parts_that_do_not_fit_together_are_refused(part: str, change: Callable[[Tensor], Tensor]) -> None:
+    state = _learned([[1, 2], [2, 3], [3, 4]]).state_dict()
+    with pytest.raises(ValueError, match="prompts of which"):
+        Words.from_state_dict({**state, part: change(state[part])})

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 from rich.console import Console
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from ogpstream.learner import LearnerConfig
 from ogpstream.profiling import demo_run
 from ogpstream.profiling.__main__ import app
+from ogpstream.profiling.demo_pool import two_at_a_time
 from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary, table
 from ogpstream.profiling.demo_worker import Job
@@ -85,7 +88,7 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
     real = demo_run.WORKERS.Process
     monkeypatch.setattr(demo_run.WORKERS, "Process", lambda **how: processes.append(real(**how)) or processes[-1])
     shown: list[int] = []
-    killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30)
+    killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30, Event())
     assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0]
     assert killed["updates"] == 60 and shown[-1] == 60
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"), domains=3)
@@ -101,12 +104,13 @@ def test_a_worker_that_fails_says_why(tiny_model, tiny_tokenizer, tmp_path):
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "lost", model=str(tmp_path / "missing"))
     # by the name that the table has for it
     with pytest.raises(demo_run.WorkerFailed, match="the learner 'replay alone' failed: .*missing"):
-        demo_run._run("replay alone", job, lambda n: None, None)
+        demo_run._run("replay alone", job, lambda n: None, None, Event())
 
 
 _STARTS = """
 import sys, time
 from pathlib import Path
+from threading import Event
 from ogpstream.profiling.demo_pool import WORKERS
 from ogpstream.profiling.demo_worker import Job, run_job
 if __name__ == "__main__":
@@ -129,6 +133,36 @@ def test_a_worker_ends_when_the_demo_is_killed(tiny_model, tiny_tokenizer, tmp_p
         demo.wait()
     wait_for(lambda: log.read_text().strip().endswith("the demo is gone"))
     assert not Path(job.result).exists()
+
+
+def test_a_worker_ends_when_it_is_told_to(tiny_model, tiny_tokenizer, tmp_path):
+    stop = Event()
+    with pytest.raises(demo_run.WorkerFailed, match="'ours'"):
+        demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "told", samples=None),
+                      lambda learned: stop.set() if learned else None, None, stop)
+    assert not (tmp_path / "told.json").exists()
+
+
+def test_where_one_run_fails_the_others_end_and_no_more_begin():
+    begun = []
+
+    def run(name, stop):
+        begun.append(name)
+        if name == "second":
+            raise demo_run.WorkerFailed("no")
+        assert stop.wait(30)
+
+    with pytest.raises(demo_run.WorkerFailed, match="no"):
+        two_at_a_time({name: partial(run, name) for name in ("first", "second", "third", "fourth")})
+    assert begun[:2] == ["first", "second"] and "fourth" not in begun
+    assert two_at_a_time({"a": lambda stop: 1, "b": lambda stop: 2, "c": lambda stop: 3}) == {"a": 1, "b": 2, "c": 3}
+
+
+def test_loading_the_libraries_does_not_wait_for_them():
+    code = ("import time; from ogpstream.profiling import demo_pool as pool; start = time.perf_counter(); "
+            "pool.load_libraries(); print(time.perf_counter() - start)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.0
 
 
 def test_a_wrong_model_is_told_before_any_folder_is_made(tmp_path):
