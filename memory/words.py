@@ -49,7 +49,7 @@ class Words:
 
     def __post_init__(self) -> None:
         # when it is learned, and not when the first request comes
-        _ = self._norms
+        _ = self._norms, self._starts
 
     @classmethod
     def empty(cls) -> Words:
