@@ -68,17 +68,11 @@ class Words:
             nearest = torch.cat([nearest, torch.tensor([torch.inf])])
         else:
             number = int(distance.argmin())
-            keep = owners != number
-            ids, owners, distance[number] = ids[keep], owners[keep], torch.inf
+            gone = (owners == number).nonzero()[:, 0]
+            ids, owners, distance[number] = _without(ids, gone), _without(owners, gone), torch.inf
         nearest[number] = distance.min() if len(distance) else torch.inf
-        # places of the new ids among all
-        places = torch.searchsorted(ids, own, right=True) + torch.arange(len(own))
-        new = torch.zeros(len(ids) + len(own), dtype=torch.bool)
-        new[places] = True
-        merged = torch.empty(2, len(new), dtype=torch.int32)
-        merged[:, new] = torch.stack([own, torch.full_like(own, number)])
-        merged[:, ~new] = torch.stack([ids, owners])
-        return Words(merged[0].clone(), merged[1].clone(), nearest, longest)
+        places = torch.searchsorted(ids, own, right=True)
+        return Words(_with(ids, places, own), _with(owners, places, torch.full_like(own, number)), nearest, longest)
 
     def distances(self, text: Sequence[int]) -> Tensor:
         """Of the end of a text to each prompt: 1 - cosine, `[n]`."""
@@ -141,3 +135,15 @@ class Words:
 def _distinct(text: Sequence[int], last: int) -> Tensor:
     """The distinct ones of the last ids, at least one."""
     return torch.tensor(sorted(set(text[-max(1, last) :])), dtype=torch.int32)
+
+
+def _without(values: Tensor, places: Tensor) -> Tensor:
+    """Without those at some places, in ascending order; a mask takes 5 times as long."""
+    first, *others = values.tensor_split(places)
+    return torch.cat([first, *(part[1:] for part in others)])
+
+
+def _with(values: Tensor, places: Tensor, new: Tensor) -> Tensor:
+    """With new ones before those at some places, in ascending order."""
+    first, *others = values.tensor_split(places)
+    return torch.cat([first, *(part for pair in zip(new.split(1), others, strict=True) for part in pair)])
