@@ -18,9 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# prompts that are remembered; then the one that is nearest to the new one goes. 2 MB, and 20 bytes for each id up to
+# prompts that are remembered; then the one that is nearest to the new one goes. 1 MB, and 20 bytes for each id up to
 # the largest
-CAPACITY = 2048
+CAPACITY = 1024
 # ids at the end of a prompt that are looked at
 WINDOW = 128
 # a: an id that a tenth of the other prompts have counts half
