@@ -33,7 +33,7 @@ RING = 32
 IDLE = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
 RATES = {"ogp": 4e-3, "replay1": 1e-3, "sequential": 5e-4}
-# stronger than the default: a base of 2M parameters uses every direction it has
+# stronger than the default: a base of 1.7M parameters uses every direction it has
 BASE_ANCHOR = 3e-2
 HELD_OUT = 96
 
@@ -82,7 +82,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
             None if adapter is None else str(adapter),
         )
 
-    # two at a time, the longest first: 30 s less
+    # the longest first, since they run two at a time
     jobs = {
         "ours": job("ours", "ogp", saved=True, adapter=out / "adapter"),
         "sequential LoRA": job("sequential", "sequential"),
