@@ -39,7 +39,7 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
 }  # fmt: skip
-# (D_in, D_out, R, trained, T): the sizes of DESIGN's budget; a fresh learner's first update, of one rank block of 16;
+# (D_in, D_out, R, trained, T): the sizes of the memory budget; a fresh learner's first update, of one rank block of 16;
 # the widest and the least rank with odd widths; the MLP of an 8B model, both ways at once, which leaves the most parts
 # of h and Y
 _USUAL = (2048, 2048, 48, slice(8, 16), 1024)

@@ -133,7 +133,8 @@ def export_adapter(
                     old.rename(target)
                 raise
     except OSError as error:
-        raise StateError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+        raise StateError(f"cannot write the adapter to {folder}: {error.strerror or error}; choose another "
+                         "folder") from error
 
 
 def _card(base: str, config: LoraConfig, about: str) -> str:

@@ -35,6 +35,7 @@ _TEXTS = ("expert", "id", "source")
 # a misspelt one of these would go unnoticed; without one of the others there is no sample
 _OPTIONAL = (*_TEXTS, "label")
 _KEYS = ("prompt", "completion", "prompt_ids", "completion_ids", "messages", *_OPTIONAL, "meta")
+_ANSWER = "give the text that should have been answered"
 _FORMS = 'give "prompt" and "completion", or "messages", or "prompt_ids" and "completion_ids"'
 
 
@@ -65,13 +66,15 @@ class Sample:
             for name in ("prompt_ids", "completion_ids"):
                 object.__setattr__(self, name, _ids(getattr(self, name), name))
         if isinstance(self.prompt, str) and isinstance(self.completion, str):
-            if not (self.completion if self.completion_ids is None else self.completion_ids):
-                refuse("the completion is empty", "give the text that should have been answered")
+            if not (self.completion.strip() if self.completion_ids is None else self.completion_ids):
+                refuse("the completion is empty", _ANSWER)
         elif isinstance(self.prompt, list) and isinstance(self.completion, list):
             _check_messages(self.prompt, "prompt")
             _check_messages(self.completion, "completion")
             if any(message["role"] != "assistant" for message in self.completion):
                 refuse("the completion has a message that is not from the assistant", "move it to the prompt")
+            if self.completion_ids is None and not "".join(each["content"] for each in self.completion).strip():
+                refuse("the completion is empty", _ANSWER)
         else:
             kinds = f"{_kind(self.prompt)} and {_kind(self.completion)}"
             refuse(f"prompt and completion are {kinds}", "make both text or both lists of messages")
@@ -131,7 +134,8 @@ class Sample:
                 values[key] = record[key]
         if "completion_ids" not in values and len(values.keys() & {"prompt", "completion"}) < 2:
             missing = "completion" if "prompt" in values else "prompt"
-            near = next((f", only {shown(key)}" for key in record if _resembled(key, (missing,))), "")
+            others = (key for key in record if key != missing)
+            near = next((f", only {shown(key)}" for key in others if _resembled(key, (missing,))), "")
             refuse(f"no {missing}{near}", _FORMS)
         if type(values.get("id")) is int:
             values["id"] = str(values["id"])

@@ -20,8 +20,8 @@ from ogpstream.learner.samples import Refused, Sample, read_samples
 
 # losses at either end of the stream that `loss_first` and `loss_last` are means of
 ENDS = 50
-# refused lines that the result repeats; all of them are logged
-PROBLEMS = 20
+# refused lines that the result repeats, where all of them are logged; and cut ones that are logged as warnings
+TOLD = 20
 
 _BIN = math.log(1.01)
 _log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
     """Learn every line of a JSONL file once, rehearse what was not rehearsed yet, and save.
 
     A line that is no usable sample is logged as a warning and counted; the rest of the stream goes on. Once it is
-    mended, running the file again learns it; until then each run tells of it again. A sample that had to be cut is
-    logged as information.
+    mended, running the file again learns it; until then each run tells of it again. Of samples that had to be
+    cut the first 20 are logged as warnings too, others as information.
 
     Args:
         group: lines that are acknowledged by one fsync.
@@ -189,7 +189,7 @@ def _count(result: StreamResult, tally: _Tally, report: SampleReport, where: str
             result.rejected += 1
             problem = _problem(report, where)
             _log.warning("%s", problem)
-            if len(result.problems) < PROBLEMS:
+            if len(result.problems) < TOLD:
                 result.problems.append(problem)
         case "skipped":
             result.skipped += 1
@@ -198,7 +198,10 @@ def _count(result: StreamResult, tally: _Tally, report: SampleReport, where: str
             _log.info("%s: kept, not trained on: %s", where, report.reason)
     if report.cut:
         result.cut += 1
-        _log.info("%s: too long: %d ids were cut from the left of the prompt", where, report.cut)
+        # not more, or a file whose prompts are all too long would hide all else; a time budget is told as a whole
+        paced = report.pace is not None and report.pace.limited
+        level = logging.WARNING if result.cut <= TOLD and not paced else logging.INFO
+        _log.log(level, "%s: too long: %d ids were cut from the left of the prompt", where, report.cut)
 
 
 def _choice(result: StreamResult, tally: _Tally, pace: Pace | None) -> None:

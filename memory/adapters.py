@@ -1,7 +1,7 @@
 """The experts (named LoRA adapters): fp32 masters in host RAM, a few active, an immutable served version.
 
 An expert adds to the linear of site i, with A [D_in, r], B [r, D_out] its plastic and U [D_in, k], V [k,
-D_out] its held part (DESIGN 3.1):
+D_out] its held part:
 
     y = W x + sum_e gate_e * (scaling_e * (x A_e) B_e + (x U_e) V_e)
 

@@ -1,4 +1,4 @@
-"""Orthonormal basis of the protected input directions of one linear (P in DESIGN section 2)."""
+"""Orthonormal basis of the protected input directions of one linear: P."""
 
 from __future__ import annotations
 

@@ -108,12 +108,12 @@ class Prompts:
     def _merged(self, described: Tensor) -> Prompts:
         """With one more prompt at the place of one of two that are nearest to each other; the other is their mean."""
         first = int(self.nearest.argmin())
-        distance = self.distances(self.rows[first : first + 1])[0]
+        distance = 1 - self.rows @ self.rows[first]
         distance[first] = torch.inf
         second = int(distance.argmin())
-        mean = (self.rows[[first, second]] * self.counts[[first, second], None]).sum(0)
         rows, counts, nearest = self.rows.clone(), self.counts.clone(), self.nearest
-        rows[first], rows[second] = (mean / mean.norm()).half().float(), described.half().float()
+        mean = counts[first] * rows[first] + counts[second] * rows[second]
+        rows[first], rows[second] = (mean / mean.norm()).half(), described.half()
         counts[first] += counts[second]
         counts[second] = 1
         for place in (first, second):
@@ -132,7 +132,7 @@ class Prompts:
     @cached_property
     def words_radius(self) -> float:
         """Distance of words up to which it is, too."""
-        return _radius(self.words.nearest, WORDS)
+        return _radius(torch.from_numpy(self.words.nearest), WORDS)
 
 
 def _radius(nearest: Tensor, bounds: Radius) -> float:

@@ -114,7 +114,7 @@ def _device(name: str) -> torch.device:
 def _prepare(out: Path) -> None:
     """Everything that could make the results unwritable is found before they are measured."""
     if find_spec("matplotlib") is None:
-        raise ConfigError("the picture needs matplotlib: pip install 'ogp-lora-stream[bench]'")
+        raise ConfigError("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "kernels.csv").touch()

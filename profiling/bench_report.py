@@ -94,7 +94,7 @@ def prepare(out: Path | None) -> None:
     if out is None:
         return
     if find_spec("matplotlib") is None:
-        fail("the picture needs matplotlib: pip install 'ogp-lora-stream[bench]'", 1)
+        fail("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'", 1)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 from rich.console import Console
 
-from ogpstream.learner import LearnerConfig, OgpStreamError
+from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
 from ogpstream.profiling.demo_model import base_model, gather_corpus
 from ogpstream.profiling.demo_pool import WORKERS, two_at_a_time
 from ogpstream.profiling.demo_progress import DemoProgress
@@ -48,7 +50,17 @@ def _cores() -> int:
 
 
 def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Console) -> dict[str, Any]:
-    """All learners; the values of `demo --json`, with the curve in `points`."""
+    """All learners; the values of `demo --json`, with the curve in `points`.
+
+    Args:
+        out: for `base`, `adapter`, `accuracy.png` and, where a worker fails, its log in a folder of its own.
+
+    Raises:
+        ConfigError: a folder of `out` holds something else, or matplotlib is missing.
+        OSError: `out` cannot be written.
+        WorkerFailed: a learner ended without a result.
+    """
+    _check(out)
     values: dict[str, Any] = {}
     calibration = None
     if model is None:
@@ -69,9 +81,7 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     compared = next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= kill_at)
     config = LearnerConfig(ring_samples=RING, base_anchor=BASE_ANCHOR, seed=seed)
     threads = max(1, _cores() // 2)
-    work = out / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=out))
 
     def job(name: str, method: str, *, saved: bool = False, domains: int | None = None,
             adapter: Path | None = None) -> Job:
@@ -100,6 +110,16 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     draw(values, out / "accuracy.png")
     shutil.rmtree(work)
     return values
+
+
+def _check(out: Path) -> None:
+    """What would make the end of the run fail, or write over what is not the demo's, is found before it."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'")
+    for folder, file in (("base", "config.json"), ("adapter", "adapter_config.json")):
+        path = out / folder
+        if path.exists() and not (path / file).is_file():
+            raise ConfigError(f"{path} is there and not the demo's: choose another folder with --out")
 
 
 def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None, stop: Event) -> dict[str, Any]:

@@ -325,7 +325,7 @@ def test_samples_of_all_lengths_share_a_few_kernels(dtype, most):
 
 
 def test_memory_is_allocated_in_python_and_no_copy_of_x_is_made():
-    """Counted on fake tensors at the size of DESIGN's budget: h, Y and the parts, no float32 x or g."""
+    """Counted on fake tensors at the size of the memory budget: h, Y and the parts, no float32 x or g."""
     T, D, R, r = 1024, 2048, 48, 8
     allocated = []
     with FakeTensorMode():

@@ -158,7 +158,7 @@ def test_launches_per_update(optimizer, first, device, orthonormal_rows, problem
 
 @pytest.mark.parametrize("resident,launches", [(True, 64 + 2 + 2), (False, 64 + 2 + 16)])
 def test_launches_and_memory_of_an_update_of_32_layers(resident, launches):
-    """DESIGN's budget: 32 linears of 2048, rank 8, one shared P of 256 directions, T = 1024, Adam; fake tensors.
+    """The memory budget: 32 linears of 2048, rank 8, one shared P of 256 directions, T = 1024, Adam; fake tensors.
 
     dA and dB exist as K2's parts and in no other tensor.
     """

@@ -176,9 +176,21 @@ def test_experts_that_lines_name_are_made_once(place, run, tmp_path):
 
 def test_a_cut_sample_is_told(place, run, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "completion": "y"}) + "\n")
-    code, out, err = run(*learn(tmp_path, "--verbose", model=place / "model", samples=tmp_path / "long.jsonl"))
+    code, out, err = run(*learn(tmp_path, model=place / "model", samples=tmp_path / "long.jsonl"))
     assert code == 0 and out[0] == "learned 1 of 1 samples now, 1 in all; 1 cut to fit"
     assert err == [f"{tmp_path}/long.jsonl:1: too long: 174 ids were cut from the left of the prompt"]
+
+
+def test_of_many_cut_samples_the_first_are_told(place, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ogpstream.learner.stream.TOLD", 2)
+    lines = [json.dumps({"prompt": "x" * 300, "completion": f"y{n}"}) + "\n" for n in range(4)]
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+    for options, numbers in (((), [1, 2]), (("--verbose",), [1, 2, 3, 4])):
+        state = f"state{len(numbers)}"
+        code, out, err = run(*learn(tmp_path, *options, state=state, model=place / "model",
+                                    samples=tmp_path / "long.jsonl"))
+        assert code == 0 and "4 cut to fit" in out[0]
+        assert [int(line.split(":")[1]) for line in err] == numbers
 
 
 def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_path):

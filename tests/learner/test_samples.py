@@ -77,6 +77,8 @@ BAD = [
     ({"completion": "b"}, "no prompt"),
     ({"text": "a"}, "no prompt"),
     ({"prompt": "a", "completion": ""}, "completion is empty"),
+    ({"prompt": "a", "completion": "  \n "}, "completion is empty"),
+    ({"prompt": None, "completion": "b"}, "no prompt; give"),
     ({"prompt": "a", "completion": None}, "no completion"),
     ({"prompt": 1, "completion": "b"}, "a number and text"),
     ({"prompt": [USER_TURN], "completion": "b"}, "a list and text"),
@@ -85,6 +87,8 @@ BAD = [
     ({"prompt": [USER_TURN], "completion": [USER_TURN]}, "not from the assistant"),
     ({"prompt": ["a"], "completion": [ANSWER]}, "without a role"),
     ({"prompt": [{"role": "user", "content": None}], "completion": [ANSWER]}, "content is not text"),
+    ({"prompt": [USER_TURN], "completion": [{"role": "assistant", "content": " "}]}, "completion is empty"),
+    ({"messages": [USER_TURN, {"role": "assistant", "content": ""}]}, "completion is empty"),
     ({"messages": []}, "messages is empty"),
     ({"messages": "x"}, "messages is text"),
     ({"messages": [ANSWER]}, "do not end with an answer"),
@@ -142,7 +146,7 @@ VALUES = st.recursive(
 @settings(max_examples=100, deadline=None)
 @given(
     prompt=st.text(),
-    completion=st.text(min_size=1),
+    completion=st.text().filter(str.strip),
     names=st.fixed_dictionaries({}, optional={k: st.text(min_size=1) for k in ("expert", "id", "source")}),
     meta=st.dictionaries(st.text(), VALUES, max_size=3),
     wrong=st.booleans(),

@@ -1,6 +1,6 @@
 """A long stream: memory flat, disk bounded, and an update as fast at its end as at its start.
 
-OGPSTREAM_SOAK=20000 runs the whole length (about 20 minutes on one core); the default keeps the suite short.
+OGPSTREAM_SOAK=20000 runs the whole length (about 14 minutes on one core); the default keeps the suite short.
 """
 
 import json

@@ -47,12 +47,13 @@ def test_every_bad_line_is_told_and_the_rest_is_learned(learner, tmp_path, caplo
     assert (result.quarantined, result.cut) == (1, 1)
     assert [problem.split(": ")[0] for problem in result.problems] == [f"{path}:{n}" for n in (2, 3, 4, 5, 7, 8)]
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert told.pop(4) == f"{path}:6: too long: 82 ids were cut from the left of the prompt"
     assert told == result.problems
     assert all("; " in line and "\n" not in line for line in told)
     for number, words in enumerate(("not JSON", "empty", "id 9999", "nobody", "over the limit", "not UTF-8")):
         assert words in told[number]
     informed = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert [line.split(": ")[0] for line in informed] == [f"{path}:6", f"{path}:9"]
+    assert [line.split(": ")[0] for line in informed] == [f"{path}:9"]
     status = learner.status()
     assert [status[key] for key in ("acknowledged", "learned", "rejected", "quarantined")] == [10, 3, 6, 1]
     assert result.state_sha256 == learner.state_sha256() and result.version == learner.version
