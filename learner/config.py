@@ -39,7 +39,8 @@ class LearnerConfig:
 
     # optimizer
     optimizer: Optimizer = "adam"
-    lr: float = 2e-3  # per update; constant after the warmup, since a stream has no end
+    lr: float = 2e-3  # of A, per update; constant after the warmup, since a stream has no end
+    loraplus_lr_ratio: float = 2.0  # rate of B over that of A: LoRA+ (Hayou et al. 2024, arXiv:2402.12354), PEFT's name
     betas: tuple[float, float] = (0.9, 0.99)  # 0.99: a second moment of 100 updates follows a stream, 0.999 lags it
     eps: float = 1e-8  # relative to the rms of sqrt(v): some models have gradients of 1e-7
     weight_decay: float = 0.0  # decoupled (AdamW), of A and B
@@ -108,9 +109,9 @@ class LearnerConfig:
             allowed = get_args(hints[name])
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        positive = ("rank", "alpha", "max_active", "lr", "basis_columns", "use_window", "warm_samples", "warm_tokens",
-                    "ring_samples", "max_tokens", "loss_chunk", "snapshot_every", "learned_below", "rehearsal_batch",
-                    "activation_budget_mib")
+        positive = ("rank", "alpha", "max_active", "lr", "loraplus_lr_ratio", "basis_columns", "use_window",
+                    "warm_samples", "warm_tokens", "ring_samples", "max_tokens", "loss_chunk", "snapshot_every",
+                    "learned_below", "rehearsal_batch", "activation_budget_mib")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be greater than 0")
@@ -123,7 +124,8 @@ class LearnerConfig:
         for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share", "restart_loss"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
-        for name in ("lr", "alpha", "weight_decay", "base_anchor", "settled_below", "learned_below", "eps"):
+        for name in ("lr", "loraplus_lr_ratio", "alpha", "weight_decay", "base_anchor", "settled_below",
+                     "learned_below", "eps"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be a finite number")
         for name in ("rank", "basis_columns", "use_window", "ring_samples", "max_tokens", "seed"):
@@ -154,9 +156,9 @@ class LearnerConfig:
     @classmethod
     def literal(cls, **changes: Any) -> LearnerConfig:
         """The specification as written: dA projected, SGD at 1e-4, one shared basis, replay 1 in 16, no rehearsal."""
-        spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, basis_scope="shared", served_to="all",
-                                    warm_start=False, novelty=0.5, settled_below=0.0, rehearsals=0,
-                                    rehearsal_candidates=0)
+        spec: dict[str, Any] = dict(guard="gradient", optimizer="sgd", lr=1e-4, loraplus_lr_ratio=1.0,
+                                    basis_scope="shared", served_to="all", warm_start=False, novelty=0.5,
+                                    settled_below=0.0, rehearsals=0, rehearsal_candidates=0)
         return cls(**{**spec, **changes})
 
     @classmethod
@@ -178,7 +180,7 @@ class LearnerConfig:
         return json.loads(json.dumps(asdict(self)))
 
     def learning_rate(self, update: int) -> float:
-        """Rate of the given update of an expert (0 is its first): linear warmup, then constant or cosine to 0."""
+        """Rate of A in the given update of an expert (0 is its first): linear warmup, then constant or cosine to 0."""
         if update < self.warmup:
             return self.lr * (update + 1) / (self.warmup + 1)
         if self.total_updates is None:

@@ -133,8 +133,9 @@ class Proposer:
     def _step(self, expert: Expert, piece: Piece, flats: dict[str, Tensor], gradient: Tensor,
               eps: tuple[float, float]) -> None:
         config, a = self.config, piece.layout.a_numel
-        lr = config.learning_rate(expert.steps)
-        for part, own in zip((slice(0, a), slice(a, None)), eps, strict=True):
+        rate = config.learning_rate(expert.steps)
+        rates = rate, rate * config.loraplus_lr_ratio
+        for part, lr, own in zip((slice(0, a), slice(a, None)), rates, eps, strict=True):
             factors, *moments = (flat[part] for flat in flats.values())
             if config.optimizer == "sgd":
                 dispatch.sgd_(factors, gradient[part], lr=lr, weight_decay=config.weight_decay)

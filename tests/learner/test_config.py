@@ -19,6 +19,7 @@ from ogpstream.learner import ConfigError, LearnerConfig
         {"warmup": 10, "total_updates": 10}, {"novelty": 1.0}, {"use_window": 15}, {"basis_columns": 600},
         {"rank": 3.0}, {"lr": math.inf}, {"weight_decay": math.nan}, {"eps": -1.0}, {"seed": -1},
         {"restart_after": -1}, {"restart_loss": 2.0}, {"shared_tokens": -1},
+        {"loraplus_lr_ratio": 0.0}, {"loraplus_lr_ratio": math.inf},
     ],
     ids=str,
 )

@@ -1,8 +1,8 @@
 """The guarantee: no update moves x W for x in span(P), whatever the optimizer, the order of events and the experts."""
 
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +32,7 @@ from ogpstream.memory.experts import Held
 from ogpstream.memory.layout import SiteShape
 from ogpstream.memory.replay import ReplayRing
 from ogpstream.memory.seen import SeenIds
+from ogpstream.memory.snapshot import SnapshotStore
 from ogpstream.memory.units import exhausted
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -103,6 +104,11 @@ class Bench:
         self.largest: dict[tuple[str, int], float] = {}
         self.worst = 0.0
         self._build()
+        if config.warm_start:
+            generator = torch.Generator().manual_seed(5)
+            spread = {site.basis: torch.randn(site.d_in, site.d_in, generator=generator) for site in self.sites}
+            # energies that fall off, as those of a model's inputs do
+            self.protection.warm_start({key: (a := x * 0.8 ** torch.arange(len(x))) @ a.T for key, x in spread.items()})
         for name, rank in EXPERTS.items():
             self.applier.operations.adopt(name, rank, 2.0 / rank)
         self.applier.operations.serve({"default": 1.0, "narrow": 0.5})
@@ -143,11 +149,13 @@ class Bench:
         self.look()
 
     def reload(self) -> None:
-        """Through JSON and copies into new objects, as a restart does."""
-        tensors, meta = self.state.capture()
-        saved = {name: tensor.clone() for name, tensor in tensors.items()}
+        """Through a snapshot on disk into new objects, as a restart does."""
+        with TemporaryDirectory() as folder:
+            SnapshotStore(folder).save(1, *self.state.capture())
+            saved = SnapshotStore(folder).load()
+        assert saved is not None
         self._build()
-        self.state.restore(saved, json.loads(json.dumps(meta)))
+        self.state.restore(saved.tensors, saved.meta)
         self.look()
 
     def look(self) -> None:
@@ -183,12 +191,13 @@ class Setting:
     guard: str = "fold"
     columns: int = 6
     restart_after: int = 0
+    warm_start: bool = False
 
     def config(self) -> LearnerConfig:
         return LearnerConfig(
             optimizer=self.optimizer, lr=self.lr, weight_decay=self.weight_decay,  # type: ignore[arg-type]
             held_rank=self.held_rank, guard=self.guard, basis_columns=self.columns,  # type: ignore[arg-type]
-            directions_per_sample=2, use_window=10, warm_start=False, restart_after=self.restart_after,
+            directions_per_sample=2, use_window=10, warm_start=self.warm_start, restart_after=self.restart_after,
         )
 
 
@@ -215,14 +224,15 @@ def _run(bench: Bench, story: Sequence[tuple[Any, ...]]) -> None:
 @settings(max_examples=12)
 @given(
     story=events, bases=st.sampled_from([LAYER, SHARED]), held_rank=st.sampled_from([None, 2, 4]),
-    restart_after=st.sampled_from([0, 3]),
+    restart_after=st.sampled_from([0, 3]), warm_start=st.booleans(),
 )
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_protected_outputs_do_not_move(
     bare: tf.PreTrainedModel, setting: Setting, story: list[Any], bases: dict[str, str], held_rank: int | None,
-    restart_after: int,
+    restart_after: int, warm_start: bool,
 ) -> None:
-    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_after=restart_after).config(), bases)
+    own = replace(setting, held_rank=held_rank, restart_after=restart_after, warm_start=warm_start)
+    bench = Bench(bare, own.config(), bases)
     _run(bench, story)
     assert bench.worst <= LIMIT
 
@@ -248,11 +258,15 @@ def _long_story() -> list[tuple[Any, ...]]:
     [(None, LAYER, 0), (None, SHARED, 0), (2, LAYER, 0), (None, LAYER, 7), (4, SHARED, 7)],
     ids=["layer", "shared", "layer, cut", "layer, restarts", "shared, restarts, cut"],
 )
+@pytest.mark.parametrize("warm_start", [False, True], ids=["", "warm start, anchor"])
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_a_long_story_with_everything_in_it(
-    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str], restart_after: int
+    bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str], restart_after: int,
+    warm_start: bool,
 ) -> None:
-    bench = Bench(bare, replace(setting, held_rank=held_rank, restart_after=restart_after).config(), bases)
+    own = replace(setting, held_rank=held_rank, restart_after=restart_after, warm_start=warm_start)
+    bench = Bench(bare, own.config(), bases)
+    assert bool(bench.protection.anchors) == warm_start
     seen: dict[str, int] = {"admitted": 0, "replaced": 0, "late": 0}
     for event, *arguments in _long_story():
         versions = {key: basis.version for key, basis in bench.protection.bases.items()}

@@ -253,12 +253,13 @@ def test_chunks_of_the_loss_make_no_difference(tiny_model: TinyModel, length: in
         assert torch.allclose(slab, results[0][1], rtol=0, atol=EXACT)
 
 
-def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("ratio", [1.0, 3.0])
+def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel, ratio: float) -> None:
     model = tiny_model("llama", dtype=torch.float64)
     bare = copy.deepcopy(model)
     attachment = attach(model, rank=3, target_modules="all-linear")
     store = _serve(attachment)
-    config = LearnerConfig.literal(guard="none", lr=0.5)
+    config = LearnerConfig.literal(guard="none", lr=0.5, loraplus_lr_ratio=ratio)
     updater = Updater(attachment, store, Protection(attachment.shapes, config), config)
     lessons = [Lesson(_ids(seed, 6 + seed), PROMPT, again=False) for seed in (1, 2)]
     expected = [_autograd(bare, attachment, store, "other", list(one.ids), PROMPT) for one in lessons]
@@ -268,6 +269,7 @@ def test_an_update_is_one_step_on_the_sum_of_the_gradients(tiny_model: TinyModel
     assert report.losses == pytest.approx([loss for loss, _ in expected], abs=EXACT)
     assert report.gradient_norms == pytest.approx([float(g.norm()) for _, g in expected], rel=EXACT)
     step = 0.5 * (expected[0][1] + expected[1][1])
+    step[store.expert("other").layout.a_numel :] *= ratio
     assert torch.allclose(store.expert("other").factors, other - step, rtol=0, atol=EXACT)
     assert store.expert("default").factors is default
     now = attachment.binding.served
