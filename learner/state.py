@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ogpstream.learner.sites import Attachment
 
-FORMAT = 6
+FORMAT = 5
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 # latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
