@@ -143,7 +143,7 @@ def test_a_model_smaller_than_its_tokenizer_and_texts_without_tokens():
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     with pytest.raises(SampleError, match="no tokens, so there is nothing to learn"):
-        enc(Sample("a", "  "), tokenizer)
+        enc(Sample("a", "b"), tokenizer)
     with pytest.raises(ConfigError, match="no end token"):
         enc(Sample("a", "a"), tokenizer, append_eos=True)
     with pytest.raises(ConfigError, match="max_tokens = 1"):

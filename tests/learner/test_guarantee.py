@@ -254,11 +254,11 @@ def _long_story() -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("held_rank", "bases", "restart_after"),
-    [(None, LAYER, 0), (None, SHARED, 0), (2, LAYER, 0), (None, LAYER, 7), (4, SHARED, 7)],
-    ids=["layer", "shared", "layer, cut", "layer, restarts", "shared, restarts, cut"],
+    ("held_rank", "bases", "restart_after", "warm_start"),
+    [(None, LAYER, 0, False), (None, SHARED, 0, True), (2, LAYER, 0, False), (None, LAYER, 7, True),
+     (4, SHARED, 7, False)],
+    ids=["layer", "shared, anchor", "layer, cut", "layer, restarts, anchor", "shared, restarts, cut"],
 )
-@pytest.mark.parametrize("warm_start", [False, True], ids=["", "warm start, anchor"])
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_a_long_story_with_everything_in_it(
     bare: tf.PreTrainedModel, setting: Setting, held_rank: int | None, bases: dict[str, str], restart_after: int,
