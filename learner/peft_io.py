@@ -90,7 +90,8 @@ def export_adapter(
     if target.exists() and not replaces and (not target.is_dir() or any(target.iterdir())):
         raise StateError(f"{folder} exists and is no PEFT adapter: choose another folder")
     if replaces and not replace:
-        raise StateError(f"{folder} holds an adapter already: choose another folder, or replace it (--force)")
+        raise StateError(f"{folder} holds an adapter already: choose another folder, or replace it "
+                         "(replace=True, --force)")
     rank = max([1, *(A.shape[1] for A, _ in factors)])
     weights = {}
     for site, (A, B) in zip(attachment.sites, factors, strict=True):

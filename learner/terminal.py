@@ -86,7 +86,8 @@ def learn_summary(result: StreamResult, state: Path) -> str:
         told = result.choice
         lines.append(f"{told['limited']} updates were fitted to the time budget, the least with {told['tokens_min']} "
                      f"tokens and the top {told['layers_min']} of {told['depth']} layers")
-    if result.loss_first is not None:
+    # of few samples both are means of the same ones
+    if result.loss_first != result.loss_last:
         lines.append(f"loss before the update {result.loss_first:.3f} at first, {result.loss_last:.3f} at last, "
                      "nats a token")
     if result.looked:

@@ -36,7 +36,7 @@ def demo(
     from ogpstream.learner import OgpStreamError
     from ogpstream.learner.pretrained import check_pretrained
     from ogpstream.profiling.demo_report import table
-    from ogpstream.profiling.demo_run import run_demo
+    from ogpstream.profiling.demo_run import check_folder, run_demo
 
     console = Console(stderr=True)
     # the bars of loading and saving a small model say nothing
@@ -45,6 +45,7 @@ def demo(
     try:
         if model is not None:
             model, _ = check_pretrained(model)
+        check_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         values = run_demo(model, out, cache or default_cache(), seed, console)
     except OSError as error:

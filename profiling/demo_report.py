@@ -65,7 +65,7 @@ def table(values: Mapping[str, Any]) -> Table:
     shown.add_section()
     shown.add_row("killed and resumed exactly", "", "yes" if values["resumed_exactly"] else "NO", "", "")
     shown.add_row("drift of what is protected", "", f"{values['guarantee_drift']:.1e}", "", "")
-    shown.add_row("moved by cuts, at most", "", f"{values['held_drift']:.1e}", "", "")
+    shown.add_row("moved by cuts, of what is learned, at most", "", f"{values['held_drift']:.1e}", "", "")
     return shown
 
 

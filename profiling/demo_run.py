@@ -56,11 +56,9 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
         out: for `base`, `adapter`, `accuracy.png` and, where a worker fails, its log in a folder of its own.
 
     Raises:
-        ConfigError: a folder of `out` holds something else, or matplotlib is missing.
         OSError: `out` cannot be written.
         WorkerFailed: a learner ended without a result.
     """
-    _check(out)
     values: dict[str, Any] = {}
     calibration = None
     if model is None:
@@ -112,8 +110,12 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
     return values
 
 
-def _check(out: Path) -> None:
-    """What would make the end of the run fail, or write over what is not the demo's, is found before it."""
+def check_folder(out: Path) -> None:
+    """Find before a run what would make its end fail, or write over what is not the demo's.
+
+    Raises:
+        ConfigError: a folder of `out` holds something else, or matplotlib is missing.
+    """
     if find_spec("matplotlib") is None:
         raise ConfigError("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'")
     for folder, file in (("base", "config.json"), ("adapter", "adapter_config.json")):
