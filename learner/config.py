@@ -41,7 +41,7 @@ class LearnerConfig:
     optimizer: Optimizer = "adam"
     lr: float = 2e-3  # of A, per update; constant after the warmup, since a stream has no end
     # rate of B over that of A: LoRA+ (Hayou et al. 2024, arXiv:2402.12354), by PEFT's name. With 2 single facts are
-    # known in more other words (.63 for .44), but long streams of tasks forget more (BWT -.060 for -.033)
+    # known in more other words (.58 for .45), but long streams of tasks forget more (BWT -.060 for -.033)
     loraplus_lr_ratio: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)  # 0.99: a second moment of 100 updates follows a stream, 0.999 lags it
     eps: float = 1e-8  # relative to the rms of sqrt(v): some models have gradients of 1e-7
