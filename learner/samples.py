@@ -35,7 +35,6 @@ _TEXTS = ("expert", "id", "source")
 # a misspelt one of these would go unnoticed; without one of the others there is no sample
 _OPTIONAL = (*_TEXTS, "label")
 _KEYS = ("prompt", "completion", "prompt_ids", "completion_ids", "messages", *_OPTIONAL, "meta")
-_ANSWER = "give the text that should have been answered"
 _FORMS = 'give "prompt" and "completion", or "messages", or "prompt_ids" and "completion_ids"'
 
 
@@ -66,18 +65,18 @@ class Sample:
             for name in ("prompt_ids", "completion_ids"):
                 object.__setattr__(self, name, _ids(getattr(self, name), name))
         if isinstance(self.prompt, str) and isinstance(self.completion, str):
-            if not (self.completion.strip() if self.completion_ids is None else self.completion_ids):
-                refuse("the completion is empty", _ANSWER)
+            answer = self.completion
         elif isinstance(self.prompt, list) and isinstance(self.completion, list):
             _check_messages(self.prompt, "prompt")
             _check_messages(self.completion, "completion")
             if any(message["role"] != "assistant" for message in self.completion):
                 refuse("the completion has a message that is not from the assistant", "move it to the prompt")
-            if self.completion_ids is None and not "".join(each["content"] for each in self.completion).strip():
-                refuse("the completion is empty", _ANSWER)
+            answer = "".join(message["content"] for message in self.completion)
         else:
             kinds = f"{_kind(self.prompt)} and {_kind(self.completion)}"
             refuse(f"prompt and completion are {kinds}", "make both text or both lists of messages")
+        if not (answer.strip() if self.completion_ids is None else self.completion_ids):
+            refuse("the completion is empty", "give the text that should have been answered")
         for name in _TEXTS:
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and not (value is None and name != "expert"):

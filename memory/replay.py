@@ -125,7 +125,7 @@ class ReplayRing:
         return list(self._order)
 
     def add(self, ids: Sequence[int] | np.ndarray | Tensor, prompt_length: int, *, expert: str, uid: int) -> int | None:
-        """Keep a sample, by a look at the completions of all slots: 10 us for 4096.
+        """Keep a sample, by a look at the completions of all slots: 0.1 ms in all for 4096.
 
         Args:
             ids: prompt and completion, 1-dimensional integers.

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# prompts that are remembered; then the one that is nearest to the new one goes. 1 MB, and 20 bytes for each id up to
+# prompts that are remembered; then the one that is nearest to the new one goes. 1 MB, and 24 bytes for each id up to
 # the largest
 CAPACITY = 1024
 # ids at the end of a prompt that are looked at

@@ -109,7 +109,6 @@ def test_a_worker_that_fails_says_why(tiny_model, tiny_tokenizer, tmp_path):
 _STARTS = """
 import sys, time
 from pathlib import Path
-from threading import Event
 from ogpstream.profiling.demo_pool import WORKERS
 from ogpstream.profiling.demo_worker import Job, run_job
 if __name__ == "__main__":
