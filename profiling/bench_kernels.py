@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Collection
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from ogpstream.learner import ConfigError
+from ogpstream.learner import ConfigError, OgpStreamError
 from ogpstream.profiling.kernel_cases import OPERATIONS, PROVIDER_NAMES, SWEEPS, Operation
 from ogpstream.profiling.kernel_report import draw, suggestion_text, table
+from ogpstream.profiling.out_folder import open_folder
 
 if TYPE_CHECKING:
     import torch
@@ -59,10 +59,10 @@ def bench_kernels(
         if graphs and on.type != "cuda":
             raise ConfigError("--graphs replays CUDA graphs: leave it out on a CPU")
         if out is not None:
-            _prepare(out)
+            open_folder(out, "kernels.csv")
         values, wrong = measure(on, chosen_ops, sweeps, names, shlex.join(words), out, console,
                                 quick=quick, graphs=graphs)
-    except ConfigError as error:
+    except OgpStreamError as error:
         console.print(f"ogpstream: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(error.exit_status) from None
     typer.echo("\n".join(table(values["rows"])), err=as_json)
@@ -109,14 +109,3 @@ def _device(name: str) -> torch.device:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return on
-
-
-def _prepare(out: Path) -> None:
-    """Everything that could make the results unwritable is found before they are measured."""
-    if find_spec("matplotlib") is None:
-        raise ConfigError("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.csv").touch()
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another folder with --out") from None

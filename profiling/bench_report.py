@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from ogpstream.learner import ConfigError
 from ogpstream.profiling.environment import environment
+from ogpstream.profiling.out_folder import OutFolderError, open_folder
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +90,12 @@ def device_named(name: str) -> torch.device:
 
 
 def prepare(out: Path | None) -> None:
-    """Everything that could make results unwritable is found before they are measured."""
-    if out is None:
-        return
-    if find_spec("matplotlib") is None:
-        fail("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'", 1)
+    """`open_folder`, where one is given; what is wrong with it ends the command with one line."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{out} cannot be written ({error.strerror}): choose another folder with --out", 1)
+        if out is not None:
+            open_folder(out)
+    except OutFolderError as error:
+        fail(str(error), error.exit_status)
 
 
 def measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

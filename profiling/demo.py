@@ -46,7 +46,6 @@ def demo(
         if model is not None:
             model, _ = check_pretrained(model)
         check_folder(out)
-        out.mkdir(parents=True, exist_ok=True)
         values = run_demo(model, out, cache or default_cache(), seed, console)
     except OSError as error:
         tell(f"{error.filename or out} cannot be written ({error.strerror}): choose another folder with --out")

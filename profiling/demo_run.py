@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,6 +26,7 @@ from ogpstream.profiling.demo_pool import WORKERS, two_at_a_time
 from ogpstream.profiling.demo_progress import DemoProgress
 from ogpstream.profiling.demo_report import draw, summary
 from ogpstream.profiling.demo_worker import Job, run_job
+from ogpstream.profiling.out_folder import open_folder
 from ogpstream.profiling.tasks import demo_tasks
 
 # slots of the ring: a small part of the 600 samples, as for a stream without an end
@@ -111,17 +111,17 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
 
 
 def check_folder(out: Path) -> None:
-    """Find before a run what would make its end fail, or write over what is not the demo's.
+    """Make it, and find what a run would write over that is not the demo's.
 
     Raises:
-        ConfigError: a folder of `out` holds something else, or matplotlib is missing.
+        ConfigError: a folder in it holds something else.
+        OutFolderError: it cannot be written, or matplotlib is missing.
     """
-    if find_spec("matplotlib") is None:
-        raise ConfigError("the picture needs matplotlib: pip install -c constraints.txt '.[bench]'")
     for folder, file in (("base", "config.json"), ("adapter", "adapter_config.json")):
         path = out / folder
         if path.exists() and not (path / file).is_file():
             raise ConfigError(f"{path} is there and not the demo's: choose another folder with --out")
+    open_folder(out)
 
 
 def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None, stop: Event) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_wrong_results_of_ours_and_failures_end_with_1(monkeypatch):
     (["--sweep", "N"], 2, "use T, L, m"),
     (["--device", "tpu"], 2, "use cpu or cuda"),
     (["--graphs"], 2, "leave it out on a CPU"),
-    (["--out", "/dev/null/here"], 2, "choose another folder with --out"),
+    (["--out", "/dev/null/here"], 1, "choose another folder with --out"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_told_in_one_line(words, status, told):
     words = [*words] if "--sweep" in words else ["--sweep", "none", *words]

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ogpstream.learner import LearnerConfig
-from ogpstream.profiling import demo_run, demo_worker
+from ogpstream.profiling import demo_run, demo_worker, out_folder
 from ogpstream.profiling.__main__ import app
 from ogpstream.profiling.demo_pool import two_at_a_time
 from ogpstream.profiling.demo_progress import DemoProgress
@@ -211,9 +211,9 @@ def test_a_demo_leaves_the_users_folders_alone(tmp_path, mine):
 
 
 def test_a_missing_matplotlib_is_told_before_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_run, "find_spec", lambda name: None)
+    monkeypatch.setattr(out_folder, "find_spec", lambda name: None)
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
-    assert done.exit_code == 2 and "matplotlib" in done.stderr and not list(tmp_path.iterdir())
+    assert done.exit_code == 1 and "matplotlib" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_wrong_model_is_told_before_any_folder_is_made(tmp_path):
