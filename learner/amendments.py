@@ -7,6 +7,7 @@ before it is done, and recovery repeats it on any machine.
     pace      update number `done` has `prompt` ids of each prompt and trains `layers` top layers
     put off   an expert's restart waits
     blind     update number `done` is made without a look at what is forgotten: by chance, or in a refresh not at all
+    route     the sample is learned by `expert`, which the router chose; the last one of a record counts
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ogpstream.learner.folder import Record
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.pace import Choice
 
-KINDS = ("shorten", "pace", "put off", "blind")
+KINDS = ("shorten", "pace", "put off", "blind", "route")
 
 
 def enter(amendment: Record, record: Record) -> None:
@@ -29,6 +30,14 @@ def enter(amendment: Record, record: Record) -> None:
             record.setdefault("put_off", []).append(amendment["expert"])
         case "blind":
             record.setdefault("blind", []).append(amendment["done"])
+        case "route":
+            record["route"] = amendment["expert"]
+
+
+def expert_of(record: Record) -> str:
+    """Who learns the sample of a record."""
+    name: str = record["route"] if "route" in record else record["expert"]
+    return name
 
 
 def limited(lesson: Lesson, record: Record, update: int, bos: int | None) -> Lesson:

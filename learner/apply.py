@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.learner import amendments
+from ogpstream.learner.amendments import expert_of
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
@@ -28,6 +29,8 @@ from ogpstream.learner.operations import Operations
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
+from ogpstream.learner.router import Router
+from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
@@ -73,6 +76,7 @@ class Applier:
         self.recall = Recall(state, config)
         self.look = Look(updater, acknowledge)
         self.operations = Operations(state, updater, config)
+        self.router = Router(state, updater, self.operations, config)
         # number of a record of a sample, and its updates so far
         self._made: tuple[int, list[Update]] = (0, [])
         self._owed = False  # a snapshot
@@ -104,11 +108,15 @@ class Applier:
         loss = updates[0].losses[0] if updates else None
         new = Lesson(record["ids"], record["prompt_length"], again=False, asked=record.get("asked"))
         if self.state.position.done == 0:
+            expert = yield from self._route(record)
+            frozen = self.state.store.expert(expert).frozen
+            if frozen:
+                new = replace(new, refusal=f"the expert {expert!r}, which answers such prompts, is frozen: unfreeze it")
             contradicted = self._contradicted(record)
             # what this sample corrects is not learned beside it
-            slots = [slot for slot in self.recall.companions(record["rehearsals"], record["expert"])
+            slots = [slot for slot in self.recall.companions(record["rehearsals"], expert)
                      if slot.uid not in contradicted]
-            update = yield from self._update(record, record["expert"], [new, *map(Lesson.of, slots)])
+            update = yield from self._update(record, expert, [new, *map(Lesson.of, slots)])
             updates.append(update)
             new = amendments.limited(new, record, 0, self._bos)
             trained = amendments.paced(new, record, 0, self._bos)
@@ -118,7 +126,7 @@ class Applier:
                 counters.acknowledged += 1
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
-                if record["id"] is not None:
+                if record["id"] is not None and not frozen:
                     # not by its id, which the mended sample may have too
                     self.state.refused.add(record["digest"])
                 return self._report(record, trained, "rejected", started, loss, updates, reason)
@@ -127,12 +135,14 @@ class Applier:
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
             self.recall.note(slots, update, first=1)
+            if self._is_routed(record) and loss is not None:
+                self.state.routes = self.state.routes.saw(expert, loss, counters.acknowledged)
             # not the journal's number: a copy of the state starts its journal anew
             for place in self._rings:
                 for older in contradicted:
                     if (held := place.find(older)) is not None:
                         place.evict(held)
-                slot = place.add(new.ids, new.prompt_length, expert=record["expert"], uid=counters.acknowledged)
+                slot = place.add(new.ids, new.prompt_length, expert=expert, uid=counters.acknowledged)
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
             self._commit(gradients=1 + len(slots))
@@ -155,9 +165,31 @@ class Applier:
     def _rings(self) -> tuple[ReplayRing, ReplayRing]:
         return self.state.ring, self.state.waiting
 
+    def _route(self, record: Record) -> Generator[str, None, str]:
+        """Who learns a record's sample: whom it names, or whom the router chooses, which is journaled first."""
+        if self._is_routed(record):
+            if "route" not in record:
+                yield from self._routed(record, (yield from self.router.choose(record)))
+            try:
+                self.router.make(expert_of(record))
+                return expert_of(record)
+            except torch.OutOfMemoryError:
+                # what was computed is held by the exception, so room is made after this block
+                pass
+            self.updater.ran_out()
+            _log.warning("out of memory for a new expert: %r goes on", self.state.routes.newest)
+            yield from self._routed(record, self.state.routes.newest)
+        return expert_of(record)
+
+    def _is_routed(self, record: Record) -> bool:
+        return self.config.routing == "prompt" and record["expert"] == DEFAULT_EXPERT
+
+    def _routed(self, record: Record, expert: str) -> Generator[str, None, None]:
+        yield from writing(partial(self.acknowledge, [{"kind": "route", "of": record["seq"], "expert": expert}]))
+
     def _contradicted(self, record: Record) -> list[int]:
         """Numbers of the samples with the prompt of a record's sample and another answer."""
-        ids, length, expert = record["ids"], record["prompt_length"], record["expert"]
+        ids, length, expert = record["ids"], record["prompt_length"], expert_of(record)
         return sorted({place.get(slot).uid for place in self._rings
                        for slot in place.contradicting(ids, length, expert=expert)})
 
@@ -166,7 +198,7 @@ class Applier:
         repeats = _repeats(record)
         new = Lesson(record["ids"], record["prompt_length"], again=True)
         while 0 < self.state.position.done <= repeats:
-            update = yield from self._update(record, record["expert"], [new])
+            update = yield from self._update(record, expert_of(record), [new])
             updates.append(update)
             self.recall.note_newest(update)
             # what comes after the last one has its number, whether or not all of them were made
@@ -194,6 +226,8 @@ class Applier:
                 slots = self.state.unrehearsed()[:1] or self.recall.draw(1)
             else:
                 slots = yield from self._forgotten(record, self.config.rehearsal_batch)
+            if not slots:
+                break
             updates.append((yield from self._rehearse(record, slots)))
             yield from self._save()
         admitted = sum(update.admitted for update in updates)

@@ -18,13 +18,12 @@ from ogpstream.learner.gate import Gate
 from ogpstream.learner.intake import Intake
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.learner.roster import Roster
+from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.sites import attach
 from ogpstream.learner.state import LearnerState, environment, fingerprint
 from ogpstream.learner.update import Updater
 from ogpstream.learner.versions import Versions
 from ogpstream.memory.units import exhausted
-
-DEFAULT_EXPERT = "default"
 
 
 class Assembly:
@@ -64,7 +63,8 @@ class Assembly:
         # now, and not when the first prompt has come; prompts are remembered whoever is served, which may change
         describer.warm_up()
         if config.served_to == "scope":
-            self.attachment.binding.gate = Gate(describer, batches=self.attachment.batches)
+            self.attachment.binding.gate = Gate(describer, batches=self.attachment.batches,
+                                                nearest=config.routing == "prompt")
         self.updater = Updater(self.attachment, self.state.store, self.state.protection, config, describer)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}

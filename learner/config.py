@@ -15,6 +15,7 @@ Guard = Literal["fold", "gradient", "none"]
 BasisScope = Literal["layer", "shared"]
 LearningState = Literal["lean", "resident"]
 ServedTo = Literal["scope", "all"]
+Routing = Literal["named", "prompt"]
 RingKeep = Literal["recent", "reservoir", "balanced"]
 RingDraw = Literal["uniform", "loss", "gradient_norm"]
 
@@ -35,6 +36,9 @@ class LearnerConfig:
     alpha: float = 16.0  # scaling = alpha / rank
     target_modules: str | tuple[str, ...] | None = "all-linear"  # as in PEFT; None is PEFT's choice for the model
     max_active: int = 2  # experts on the device at once; the least recently used one leaves
+    # who learns a sample of the expert "default": "named" is that one, "prompt" the one that would answer it, after a
+    # drift a new one while fewer than max_active are served. Then the nearest of them alone answers a prompt
+    routing: Routing = "named"
     served_to: ServedTo = "scope"  # prompts like the learned ones; others get the base model. "all" serves all prompts
 
     # optimizer
@@ -107,7 +111,8 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("optimizer", "guard", "basis_scope", "served_to", "ring_keep", "ring_draw", "learning_state"):
+        for name in ("optimizer", "guard", "basis_scope", "served_to", "routing", "ring_keep", "ring_draw",
+                     "learning_state"):
             allowed = get_args(hints[name])
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
@@ -139,6 +144,8 @@ class LearnerConfig:
             raise ConfigError(f"novelty is {self.novelty}: no direction lies outside P by more than all of it")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas are {self.betas}: they must lie in [0, 1)")
+        if self.routing == "prompt" and self.served_to == "all":
+            raise ConfigError("routing by prompt has one expert answer each: leave served_to at 'scope'")
         if self.basis_columns > 512:
             raise ConfigError(f"basis_columns is {self.basis_columns}: a basis has at most 512 directions")
         if self.use_window % 10:

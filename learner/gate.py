@@ -62,10 +62,11 @@ class Gate:
     Args:
         describer: of its prompts.
         batches: every adapted linear sees the rows of a batch apart.
+        nearest: of the experts with a scope the nearest one alone answers a prompt.
     """
 
-    def __init__(self, describer: Describer, *, batches: bool) -> None:
-        self.describer, self.batches = describer, batches
+    def __init__(self, describer: Describer, *, batches: bool, nearest: bool = False) -> None:
+        self.describer, self.batches, self.nearest = describer, batches, nearest
         self._variants: tuple[Served, dict[frozenset[str], Served]] | None = None
 
     def shares(self, served: Served, inputs: Mapping[str, Any]) -> tuple[tuple[Share, ...], Found | None]:
@@ -95,7 +96,7 @@ class Gate:
 
     def answering(self, served: Served, ids: Sequence[int]) -> frozenset[str]:
         """The experts of a version that answer a prompt."""
-        return served.scope.answering(ids, served.experts, self.describer)
+        return served.scope.answering(ids, served.experts, self.describer, nearest=self.nearest)
 
     def told(self, answering: frozenset[str], inputs: Mapping[str, Any]) -> Found | None:
         """What goes with the cache of a forward whose prompt was named."""
@@ -111,14 +112,14 @@ class Gate:
 
     def only(self, served: Served, answering: frozenset[str]) -> Served | None:
         """The version with those experts alone; None is the bare model."""
-        if answering.issuperset(served.experts):
-            return served
         if not answering:
             return None
         variants = self._variants
         if variants is None or variants[0] is not served:
             self._variants = variants = served, {}
-        return variants[1].setdefault(answering, served.only(answering))
+        if answering not in variants[1]:
+            variants[1][answering] = served.only(answering)
+        return variants[1][answering]
 
     def of(self, served: Served, answering: frozenset[str]) -> tuple[Share, ...]:
         """What all rows are computed with where these experts answer each."""

@@ -15,13 +15,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ogpstream.learner.apply import Report
-from ogpstream.learner.assembly import DEFAULT_EXPERT, Assembly
+from ogpstream.learner.assembly import Assembly
 from ogpstream.learner.compilation import compile_kernels
 from ogpstream.learner.config import LearnerConfig, ServedTo
 from ogpstream.learner.encoding import Encoded, encode_prompt
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.report import RehearsalReport, SampleReport
-from ogpstream.learner.samples import Message, Refused, Sample
+from ogpstream.learner.samples import DEFAULT_EXPERT, Message, Refused, Sample
 from ogpstream.learner.status import live_status
 from ogpstream.memory.units import exhausted
 
@@ -387,6 +387,24 @@ class StreamLearner:
             ConfigError: one is unknown, or they are more than `max_active`.
         """
         self._roster.activate(gates)
+
+    def freeze(self, name: str) -> None:
+        """Let an expert be as it is: no update changes it, new samples of it are rejected, its old ones rest.
+
+        It goes on answering. What it computes stays exactly, since nothing is folded or cut either.
+
+        Raises:
+            ConfigError: it is unknown.
+        """
+        self._roster.freeze(name, frozen=True)
+
+    def unfreeze(self, name: str) -> None:
+        """Let a frozen expert learn again.
+
+        Raises:
+            ConfigError: it is unknown.
+        """
+        self._roster.freeze(name, frozen=False)
 
     def export_peft(self, folder: str | os.PathLike[str], expert: str = DEFAULT_EXPERT, *, replace: bool = False
                     ) -> Path:

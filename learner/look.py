@@ -39,8 +39,11 @@ class Look:
         if amendments.is_blind(record, update):
             return []
         try:
-            readings = yield from self._updater.look([Lesson.of(slot) for slot in slots])
-            return sorted(zip(slots, readings, strict=True), key=_loss, reverse=True)
+            known: list[tuple[Slot, Reading]] = []
+            for own in self._together(slots):
+                readings = yield from self._updater.look([Lesson.of(slot) for slot in own], own[0].expert)
+                known += zip(own, readings, strict=True)
+            return sorted(known, key=_loss, reverse=True)
         except torch.OutOfMemoryError:
             # what was computed is held by the exception, so room is made after this block
             pass
@@ -48,6 +51,14 @@ class Look:
         _log.warning("out of memory while %d old samples were looked at: what is forgotten is not known", len(slots))
         yield from writing(partial(self._acknowledge, [{"kind": "blind", "of": record["seq"], "done": update}]))
         return []
+
+
+    def _together(self, slots: Sequence[Slot]) -> list[list[Slot]]:
+        """Those that are computed with the same experts."""
+        if not self._updater.alone:
+            return [list(slots)]
+        return [[slot for slot in slots if slot.expert == name]
+                for name in dict.fromkeys(slot.expert for slot in slots)]
 
 
 def _loss(known: tuple[Slot, Reading]) -> float:

@@ -55,6 +55,11 @@ class Operations:
                 self.state.store.scope = self.state.store.scope.opened(record["name"])
             case "activate":
                 self.serve(record["gates"])
+            case "freeze":
+                expert = self.state.store.expert(record["name"])
+                expert.frozen = record["frozen"]
+                if not expert.frozen and expert.name in self.state.store.active:
+                    fold_now(self.state.protection, expert)
             case "rollback":
                 self._roll_back(record, folder)
             case kind if kind not in amendments.KINDS:
@@ -85,7 +90,8 @@ class Operations:
         # sorted, as the journal gives them back: the order decides which one is the least recently used
         active = dict(sorted(gates.items()))
         for name in active:
-            fold_now(self.state.protection, store.expert(name))
+            if not store.expert(name).frozen:
+                fold_now(self.state.protection, store.expert(name))
         served = exhausted(store.building(active, {name: store.expert(name) for name in active}))
         for name in tuple(store.active):
             store.deactivate(name)

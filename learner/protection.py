@@ -19,7 +19,7 @@ from ogpstream.learner.anchor import BaseAnchor
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.staging import Staging
 from ogpstream.memory.basis import ProjectionBasis
-from ogpstream.memory.experts import Held
+from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_copy
 
@@ -74,6 +74,11 @@ class Protection:
     def columns(self) -> int:
         """Directions in all bases together."""
         return sum(basis.columns for basis in self.bases.values())
+
+    def has_folded(self, expert: Expert) -> bool:
+        """Whether an expert is folded against the P of now."""
+        return not self.folds or all(expert.folded.get(key, -1) == basis.version
+                                     for key, basis in self.bases.items() if basis.columns)
 
     def project_(self, layout: Layout, slab: Tensor) -> Generator[None, None, Use]:
         """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place, on the slab's device.

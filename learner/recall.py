@@ -39,25 +39,28 @@ class Recall:
         return slots + self.draw(count - len(slots), expert=expert, but=slots)
 
     def draw(self, count: int, *, expert: str | None = None, but: Sequence[Slot] = ()) -> list[Slot]:
-        """So many random samples, or all there are, of one expert or of any."""
+        """So many random samples, or all there are, of one expert or of any that is not frozen."""
         # numbered by what is committed, so that an aborted update draws the same samples again
         ring, number = self.state.ring, 2 * self.state.counters.updates + bool(but)
         exclude = [slot for slot in (ring.find(other.uid) for other in but) if slot is not None]
-        return [ring.get(slot) for slot in ring.draw(count, counter=number, expert=expert, exclude=exclude)]
+        drawn = ring.draw(count, counter=number, expert=expert, exclude=exclude, but=self.state.frozen)
+        return [ring.get(slot) for slot in drawn]
 
     def candidates(self, count: int) -> list[Slot]:
         """Random old samples of one expert, of which `count` are rehearsed: as many as are looked at before."""
         first, most = self.draw(1), min(self.config.rehearsal_candidates, len(self.state.ring) // EACH)
+        if not first:
+            return []
         drawn = first + self.draw(max(count, most) - 1, expert=first[0].expert, but=first)
         ends = accumulate(len(slot.ids) for slot in drawn)
         return [slot for number, (slot, end) in enumerate(zip(drawn, ends, strict=True))
                 if number < count or end <= LOOKED]
 
     def part(self, place: int) -> list[Slot]:
-        """Part number `place` of the ring, oldest first: `rounds.LOOK` samples, of experts that are served."""
-        ring, active = self.state.ring, self.state.store.active
+        """Part number `place` of the ring, oldest first: `rounds.LOOK` samples, of served experts that learn."""
+        ring, learning = self.state.ring, self.state.store.active.keys() - self.state.frozen
         slots = map(ring.get, ring.slots[place * LOOK : (place + 1) * LOOK])
-        return [slot for slot in slots if slot.expert in active]
+        return [slot for slot in slots if slot.expert in learning]
 
     def note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
         """Mark rehearsed samples with what their lessons, from number `first` on, showed."""

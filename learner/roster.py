@@ -53,6 +53,11 @@ class Roster:
                 raise ConfigError(f"the gate of {name} is {gate}: it must be a finite number")
         self._apply({"kind": "activate", "gates": gates})
 
+    def freeze(self, name: str, *, frozen: bool) -> None:
+        """See `StreamLearner.freeze` and `StreamLearner.unfreeze`."""
+        self._expert(name)
+        self._apply({"kind": "freeze", "name": name, "frozen": frozen})
+
     def export_peft(self, folder: str | os.PathLike[str], name: str, *, replace: bool) -> Path:
         """See `StreamLearner.export_peft`."""
         expert, state, model = self._expert(name), self._applier.state, self._attachment.model

@@ -28,6 +28,8 @@ OCCURRENCE_WINDOW = 2**20
 
 # names of files and of PEFT adapters are made of it
 EXPERT_NAME = re.compile(r"\w[\w-]*")
+# the expert that there is from the start; with routing by prompt a sample of it may go to another
+DEFAULT_EXPERT = "default"
 
 Message = dict[str, Any]
 
@@ -50,7 +52,7 @@ class Sample:
 
     prompt: str | list[Message] = ""
     completion: str | list[Message] = ""
-    expert: str = "default"
+    expert: str = DEFAULT_EXPERT
     id: str | None = None
     source: str | None = None
     label: bool | None = None

@@ -20,6 +20,8 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.rounds import Rounds
+from ogpstream.learner.routes import Routes
+from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.canonical import canonical_hash
 from ogpstream.memory.replay import ReplayRing, Slot
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from ogpstream.learner.sites import Attachment
 
-FORMAT = 5
+FORMAT = 6
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 # latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
@@ -87,6 +89,7 @@ class LearnerState:
     counters: Counters
     position: Position
     rounds: Rounds = Rounds()  # noqa: RUF009 (it is frozen)
+    routes: Routes = Routes(DEFAULT_EXPERT)  # noqa: RUF009
 
     @classmethod
     def fresh(cls, attachment: Attachment, config: LearnerConfig) -> LearnerState:
@@ -113,7 +116,7 @@ class LearnerState:
         tensors: dict[str, Tensor] = {}
         meta: dict[str, Any] = {
             "format": FORMAT, "counters": asdict(self.counters), "position": asdict(self.position),
-            "rounds": asdict(self.rounds),
+            "rounds": asdict(self.rounds), "routes": self.routes.to_dict(),
         }
         for name, part in {"experts": self.store, **self._host_parts()}.items():
             own, meta[name] = part.state_dict()
@@ -146,6 +149,7 @@ class LearnerState:
             self.counters = Counters(**meta["counters"])
             self.position = Position(**meta["position"])
             self.rounds = Rounds(**meta["rounds"])
+            self.routes = Routes.from_dict(meta["routes"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state does not fit this learner: {error}") from error
 
@@ -156,9 +160,15 @@ class LearnerState:
         return {"seen": self.seen, "refused": self.refused}
 
     def unrehearsed(self) -> list[Slot]:
-        """Samples at hand that had no update after their first one, oldest first."""
-        found = {ring.get(slot).uid: ring.get(slot) for ring in (self.waiting, self.ring) for slot in ring.pending()}
+        """Samples at hand that had no update after their first one, oldest first; none of a frozen expert."""
+        slots = [ring.get(slot) for ring in (self.waiting, self.ring) for slot in ring.pending()]
+        found = {slot.uid: slot for slot in slots if slot.expert not in self.frozen}
         return [found[uid] for uid in sorted(found)]
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The experts that learn nothing."""
+        return frozenset(name for name in self.store.names if self.store.expert(name).frozen)
 
     def sha256(self) -> str:
         """Hash of all of it: equal states, and only these, have the same one."""

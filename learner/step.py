@@ -43,6 +43,7 @@ def sample_gradients(
     chunk: int,
     activations: ActivationPlan,
     layers: int | None = None,
+    alone: str | None = None,
 ) -> Generator[str, None, list[Reading]]:
     """Add dA and dB of each sample to its sink.
 
@@ -56,6 +57,7 @@ def sample_gradients(
         activations: what is kept and what is computed again; the gradient is the same, bit for bit.
         layers: how many of the top decoder layers are trained, at least 1; None is all. Those below run without a
             graph, and the backward ends where they begin.
+        alone: the expert that computes, without the others that are served; None is all of them.
 
     Yields:
         The name of the unit that was just done.
@@ -63,7 +65,7 @@ def sample_gradients(
     Returns:
         How well each completion was known.
     """
-    served, tokens = binding.current(), _padded(samples, walk.model.device)
+    served, tokens = _version(binding, alone), _padded(samples, walk.model.device)
     with binding.using(served):
         plan = walk.plan(tokens)
     yield "plan"
@@ -111,14 +113,15 @@ def sample_gradients(
 
 
 def sample_readings(
-    walk: LayerWalk, binding: Binding, samples: Sequence[tuple[Sequence[int], int]], *, chunk: int
+    walk: LayerWalk, binding: Binding, samples: Sequence[tuple[Sequence[int], int]], *, chunk: int,
+    alone: str | None = None,
 ) -> Generator[str, None, list[Reading]]:
     """How well the completions of samples are known, by forwards alone; arguments as those of `sample_gradients`.
 
     Yields:
         "look", after each layer and each chunk of the cross-entropy.
     """
-    served, tokens = binding.current(), _padded(samples, walk.model.device)
+    served, tokens = _version(binding, alone), _padded(samples, walk.model.device)
     with binding.using(served):
         plan = walk.plan(tokens)
     hidden = plan.hidden
@@ -137,6 +140,12 @@ def sample_readings(
             yield "look"
         seen.append(counts)
     return _readings(seen, samples)
+
+
+def _version(binding: Binding, alone: str | None) -> Served | None:
+    """What is served now, or one expert of it."""
+    served = binding.current()
+    return served if served is None or alone is None else served.only((alone,))
 
 
 def _padded(samples: Sequence[tuple[Sequence[int], int]], device: torch.device) -> Tensor:

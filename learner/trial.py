@@ -1,4 +1,5 @@
-"""An update of an expert that is not served: its commit activates it, and until then nobody sees anything of it."""
+"""An update of an expert that is not served, or not folded against the P of now: its commit does both, and until then
+nobody sees anything of it."""
 
 from __future__ import annotations
 
@@ -14,17 +15,18 @@ from ogpstream.memory.units import named
 
 
 def activating(updater: Updater, name: str, work: Generator[str, None, Update]) -> Generator[str, None, Update]:
-    """Drive an update of an expert that need not be active, unit by unit.
+    """Drive an update of an expert that need be neither active nor folded, unit by unit.
 
     Its units compute with a version that has the expert, folded against the P of now; the least recently used expert
     makes room. Between units all is as it was, and an update that is dropped or refused leaves it so.
     """
     store, binding = updater.store, updater.attachment.binding
-    if name in store.active:
-        return (yield from work)
     expert = store.expert(name)
+    if name in store.active and updater.protection.has_folded(expert):
+        return (yield from work)
     before = expert.copy(), store.active
-    store.activate(name)
+    if name not in store.active:
+        store.activate(name)
     active = store.active
     _exchange(store, expert, *before)
     with closing(work):

@@ -71,6 +71,8 @@ class Updater:
         self.walk = LayerWalk(attachment.model)
         self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
         self.out_of_memory = 0
+        # a prompt is answered by one expert, so each is updated and looked at without the others
+        self.alone = config.routing == "prompt"
         self.judge = Judge(config, attachment.model.config.get_text_config().vocab_size)
 
     def run(self, name: str, lessons: Sequence[Lesson], layers: int | None = None) -> Generator[str, None, Update]:
@@ -118,8 +120,11 @@ class Updater:
         return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)
 
-    def look(self, lessons: Sequence[Lesson]) -> Generator[str, None, list[Reading]]:
+    def look(self, lessons: Sequence[Lesson], expert: str) -> Generator[str, None, list[Reading]]:
         """How well the completions of lessons are known by what is served now; changes nothing.
+
+        Args:
+            expert: where one alone answers a prompt, it is this.
 
         Raises:
             torch.OutOfMemoryError: there is no memory for it.
@@ -128,7 +133,7 @@ class Updater:
         for group in self.groups(lessons):
             samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
             found += yield from sample_readings(self.walk, self.attachment.binding, samples,
-                                                chunk=self.config.loss_chunk)
+                                                chunk=self.config.loss_chunk, alone=expert if self.alone else None)
         return found
 
     def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan], layers: int | None
@@ -143,7 +148,8 @@ class Updater:
             sinks = [self.staging.sink(expert) for _ in group]
             samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
             known = yield from sample_gradients(self.walk, self.attachment.binding, sinks, samples,
-                                                chunk=config.loss_chunk, activations=plan, layers=layers)
+                                                chunk=config.loss_chunk, activations=plan, layers=layers,
+                                                alone=expert.name if self.alone else None)
             found += zip(known, (sink.slab for sink in sinks), strict=True)
         results = iter(found)
         for lesson in lessons:
@@ -183,7 +189,7 @@ class Updater:
     def _draft(self, expert: Expert, proposal: Proposal | None, offered: Sequence[Tensor]
                ) -> Generator[str, None, Draft]:
         """What becomes of experts and bases by a step and the learned samples' gradients."""
-        draft, config = Draft(self.protection, self._active()), self.config
+        draft, config = Draft(self.protection, self._folding(expert)), self.config
         used: Mapping[str, Tensor] = {}
         if proposal is not None:
             copy, used = draft.experts[expert.name], proposal.used
@@ -207,7 +213,8 @@ class Updater:
 
     def _built(self, draft: Draft, scope: Scope | None = None) -> Generator[str, None, Served]:
         """The version to serve when a draft is committed."""
-        return (yield from named("publish", self.store.building(self.store.active, draft.experts, scope=scope)))
+        experts = {name: self.store.expert(name) for name in self.store.active} | draft.experts
+        return (yield from named("publish", self.store.building(self.store.active, experts, scope=scope)))
 
     def _commit(self, draft: Draft, served: Served | None, scope: Scope | None = None) -> None:
         """No pause from here on, nothing to compute, and nothing that could fail for want of memory."""
@@ -293,9 +300,9 @@ class Updater:
         # a held part of a lower rank could not take an imported adapter in whole
         fits = config.held_rank is None or expert.rank <= config.held_rank
         due = 0 < config.restart_after <= expert.steps - expert.started
-        if not (self.protection.folds and fits and due):
+        if not (self.protection.folds and fits and due) or expert.frozen:
             return None
-        draft = Draft(self.protection, self._active())
+        draft = Draft(self.protection, self._folding(expert))
         made = yield from named("restart", draft.restart(name))
         served = (yield from self._built(draft)) if made else None
         self._commit(draft, served)
@@ -312,8 +319,12 @@ class Updater:
         if self.attachment.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _active(self) -> list[Expert]:
-        return [self.store.expert(name) for name in self.store.active]
+    def _folding(self, trained: Expert) -> list[Expert]:
+        """The experts that fold what joins P while one is trained; the others do before they are, all at once."""
+        if self.alone:
+            return [trained]
+        active = [self.store.expert(name) for name in self.store.active]
+        return [expert for expert in active if expert is trained or not expert.frozen]
 
 
 def _norms(gradients: Sequence[Tensor]) -> Generator[None, None, tuple[float, ...]]:

@@ -40,9 +40,9 @@ class Expert:
     whole.
 
     `started` is the step at which the factors last started anew, or should have and it was put off; `average` is their
-    running mean since they did. `folded` maps a basis key to the basis version the expert was last folded against.
-    `discarded` sums the first discarded singular value of every cut of the held part since creation, `discarded_sq` the
-    squares of all discarded ones.
+    running mean since they did. `frozen`: nothing changes what it computes. `folded` maps a basis key to the basis
+    version the expert was last folded against. `discarded` sums the first discarded singular value of every cut of the
+    held part since creation, `discarded_sq` the squares of all discarded ones.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Expert:
     average: Tensor | None = None
     steps: int = 0
     started: int = 0
+    frozen: bool = False
     folded: dict[str, int] = field(default_factory=dict)
 
     def a(self, index: int) -> Tensor:
@@ -97,6 +98,7 @@ class Expert:
             "scaling": self.scaling,
             "steps": self.steps,
             "started": self.started,
+            "frozen": self.frozen,
             "held_ranks": [held.rank for held in self.held],
             "slabs": list(slabs),
             "folded": dict(self.folded),
@@ -146,6 +148,7 @@ class Expert:
             **{key: copied(key, layout.numel) for key in entry["slabs"]},
             steps=int(entry["steps"]),
             started=int(entry["started"]),
+            frozen=bool(entry["frozen"]),
             folded={str(basis): int(version) for basis, version in entry["folded"].items()},
         )
 

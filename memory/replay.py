@@ -157,9 +157,7 @@ class ReplayRing:
             return None
         if slot in self._order:
             self._forget(slot)
-        if expert not in self._experts:
-            self._experts.append(expert)
-        values = (len(tokens), prompt_length, self._experts.index(expert), uid, np.nan, np.nan, 0, 0, completion,
+        values = (len(tokens), prompt_length, self._number(expert), uid, np.nan, np.nan, 0, 0, completion,
                   offered)
         for key, value in zip(_COLUMNS, values, strict=True):
             self._columns[key][slot] = value
@@ -230,24 +228,38 @@ class ReplayRing:
         self._columns["flags"][slot] |= int(flags)
         self._columns["updates"][slot] += updates
 
+    def hand_over(self, slot: int, expert: str) -> None:
+        """Make a sample one of another expert.
+
+        Raises:
+            ValueError: the slot is empty.
+        """
+        self._check_used(slot)
+        self._columns["expert"][slot] = self._number(expert)
+
     def pending(self) -> list[int]:
         """Slots of the samples not rehearsed yet, the oldest first."""
         order = np.fromiter(self._order, np.int64, len(self._order))
         return order[self._columns["flags"][order] & SlotFlag.REHEARSED == 0].tolist()
 
-    def draw(self, n: int = 1, *, counter: int, exclude: Collection[int] = (), expert: str | None = None) -> list[int]:
+    def draw(self, n: int = 1, *, counter: int, exclude: Collection[int] = (), expert: str | None = None,
+             but: Collection[str] = ()) -> list[int]:
         """`n` different slots by chance, fewer when the ring holds fewer; depends on ring, seed and counter.
 
         Args:
             counter: number of this draw, 0 <= counter < 2^63; another counter gives an independent draw.
             exclude: slots that are not to be drawn.
             expert: draw only samples of this one.
+            but: draw none of these experts.
         """
         used = np.sort(np.fromiter(self._order, np.int64, len(self._order)))
         used = used[~np.isin(used, list(exclude))]
         if expert is not None:
             known = self._experts.index(expert) if expert in self._experts else -1
             used = used[self._columns["expert"][used] == known]
+        if but:
+            left_out = [number for number, name in enumerate(self._experts) if name in but]
+            used = used[~np.isin(self._columns["expert"][used], left_out)]
         weights = self._weights(used)
         source = self._random(_DRAWS, counter)
         drawn = []
@@ -363,6 +375,11 @@ class ReplayRing:
                 return int(crowd[_below(source, len(crowd))])
         slot = _below(source, self.seen)
         return slot if slot < self.capacity else None
+
+    def _number(self, expert: str) -> int:
+        if expert not in self._experts:
+            self._experts.append(expert)
+        return self._experts.index(expert)
 
     def _forget(self, slot: int) -> None:
         del self._order[slot]

@@ -10,11 +10,13 @@ A scope is a value: it belongs to a served version, and to learn one more prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +51,9 @@ SHARE, SLACK = 0.99, 1.1
 SAME = 2e-3
 # places in a text that are looked at for the end of a prompt
 PLACES = 64
+# learned prompts of an expert, those nearest to a text, whose mean distance tells how near it is: of test prompts of
+# five domains of intents .955 are nearest to their own, by the nearest one alone .920, by 20 .950
+NEAREST = 10
 
 # unit rows `[len(ends), width]` for the first `ends` of some ids
 Describe = Callable[[Sequence[int], Sequence[int]], Tensor]
@@ -78,9 +83,14 @@ class Prompts:
 
     def holds(self, text: Sequence[int], ends: Sequence[int], described: Tensor) -> bool:
         """Whether a text up to one of the ends, by its ids and its descriptions `[len(ends), width]`, is like one."""
+        return any(True for _ in self.alike(text, ends, described))
+
+    def alike(self, text: Sequence[int], ends: Sequence[int], described: Tensor) -> Iterator[int]:
+        """The places in `ends` where it is."""
         near = self.distances(described).min(1).values <= self.radius
-        return any(float(self.words.distances(text[max(0, end - WINDOW) : end]).min()) <= self.words_radius
-                   for end, like in zip(ends, near.tolist(), strict=True) if like)
+        for place, (end, like) in enumerate(zip(ends, near.tolist(), strict=True)):
+            if like and float(self.words.distances(_window(text, end)).min()) <= self.words_radius:
+                yield place
 
     def distances(self, described: Tensor) -> Tensor:
         """`[B, n]` for descriptions `[B, width]`."""
@@ -135,6 +145,14 @@ class Prompts:
         return _radius(torch.from_numpy(self.words.nearest), WORDS)
 
 
+def _window(text: Sequence[int], end: int) -> Sequence[int]:
+    return text[max(0, end - WINDOW) : end]
+
+
+def _mean_nearest(distances: np.ndarray) -> float:
+    return float(np.sort(distances)[:NEAREST].mean())
+
+
 def _radius(nearest: Tensor, bounds: Radius) -> float:
     """Of distances to the nearest other prompt."""
     if len(nearest) < FEW:
@@ -163,11 +181,15 @@ class Scope:
         """With an expert that answers every prompt."""
         return replace(self, everywhere=self.everywhere | {expert})
 
-    def answering(self, ids: Sequence[int], experts: Collection[str], describe: Describe) -> frozenset[str]:
+    def answering(self, ids: Sequence[int], experts: Collection[str], describe: Describe, *, nearest: bool = False
+                  ) -> frozenset[str]:
         """Which of the experts answer a text: those with a prompt in it, from its start to any of its ids.
 
         So the answer may follow, or a later question. Looked at are the whole text and, since most prompts have the
         end of a template or a question mark, the places of ids that learned prompts end with: the last `PLACES`.
+
+        Args:
+            nearest: where one that has a scope does, the nearest of these in place of them.
         """
         always = self.everywhere.intersection(experts)
         known = {name: self.experts[name] for name in experts if name in self.experts and name not in always}
@@ -176,7 +198,32 @@ class Scope:
         closing = frozenset[int]().union(*(own.closing for own in known.values()))
         ends = [*[end for end, token in enumerate(ids[:-1], 1) if token in closing][-PLACES:], len(ids)]
         described = describe(ids, ends)
-        return always.union(name for name, own in known.items() if own.holds(ids, ends, described))
+        if not nearest:
+            return always.union(name for name, own in known.items() if own.holds(ids, ends, described))
+        places = {place for own in known.values() for place in own.alike(ids, ends, described)}
+        found = [pair for place in places
+                 for pair in self._distances(known, _window(ids, ends[place]), described[place])]
+        return always.union([min(found)[1]] if found else ())
+
+    def _distances(self, known: Mapping[str, Prompts], text: Sequence[int], described: Tensor
+                   ) -> Iterator[tuple[float, str]]:
+        """How far a text is from what each expert learned, by words and descriptions together."""
+        pool, places = self._pool
+        words = pool.distances(text)
+        for name, own in known.items():
+            forms = own.distances(described[None])[0].numpy()
+            yield _mean_nearest(words[places[name]]) + _mean_nearest(forms), name
+
+    @cached_property
+    def _pool(self) -> tuple[Words, dict[str, slice]]:
+        """The words of all experts together, and where in them those of each are.
+
+        Weighted by what all share they tell .955 of the prompts of five domains apart, each weighted by its own .937.
+        """
+        ends = accumulate(len(own.words.nearest) for own in self.experts.values())
+        places = {name: slice(end - len(own.words.nearest), end)
+                  for (name, own), end in zip(self.experts.items(), ends, strict=True)}
+        return Words.pooled([own.words for own in self.experts.values()]), places
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values); counts and distances are those in use."""

@@ -115,6 +115,35 @@ def test_served_copies_are_the_rounded_masters() -> None:
         assert pack.scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("names", [("legal",), ("default",), ("legal", "default")])
+def test_a_version_of_some_experts_computes_what_these_do(names: tuple[str, ...]) -> None:
+    store = two_experts(dtype=torch.float64)
+    served = store.publish()
+    # of a part of it again, too
+    for some in (served.only(names), served.only(names).only([*names, "nobody"])):
+        assert some.version == served.version and some.experts == names and some.scope is served.scope
+        for index, (site, pack) in enumerate(zip(SITES, some.packs, strict=True)):
+            x = torch.randn(7, site.d_in, dtype=torch.float64)
+            expected = sum(store.active[name] * x @ store.expert(name).delta(index) for name in names)
+            torch.testing.assert_close((x @ pack.A * pack.scale) @ pack.B, expected, rtol=1e-12, atol=1e-12)
+            for name in names:
+                assert torch.equal(pack.A[:, pack.trained[name]], store.expert(name).a(index))
+                assert torch.equal(pack.B[pack.trained[name]], store.expert(name).b(index))
+            assert pack.A.shape[1] == sum(store.expert(name).rank + store.expert(name).held[index].rank
+                                          for name in names)
+
+
+def test_an_expert_that_is_not_served_can_be_removed() -> None:
+    store = two_experts()
+    with pytest.raises(ValueError, match="'legal' is active"):
+        store.remove("legal")
+    store.deactivate("legal")
+    store.remove("legal")
+    assert store.names == ("default",)
+    with pytest.raises(UnknownExpert):
+        store.remove("legal")
+
+
 def test_without_an_active_expert_nothing_is_added() -> None:
     store = two_experts()
     store.deactivate("default")

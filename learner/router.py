@@ -1,0 +1,108 @@
+"""Which expert learns a sample that names none: the one that would answer its prompt, or a new one after a drift.
+
+Losses tell a drift: with a domain well known new samples of it have 0.3 to 0.5 nats per token before their update, the
+first ones of another domain 3 to 6. A cumulative sum (Page 1954, Biometrika 41) of how far they lie above the level of
+their expert passes its limit two to five samples after the change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Sequence
+
+import torch
+
+from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.folder import Record
+from ogpstream.learner.lesson import Lesson
+from ogpstream.learner.operations import Operations
+from ogpstream.learner.samples import DEFAULT_EXPERT
+from ogpstream.learner.state import LearnerState
+from ogpstream.learner.update import Updater
+
+_log = logging.getLogger(__name__)
+
+
+class Router:
+    """Chooses experts, and makes new ones.
+
+    Args:
+        operations: make a new expert.
+    """
+
+    def __init__(self, state: LearnerState, updater: Updater, operations: Operations, config: LearnerConfig) -> None:
+        self._state, self._updater, self._operations, self._config = state, updater, operations, config
+
+    def choose(self, record: Record) -> Generator[str, None, str]:
+        """The expert for a record's sample; a name that is not known yet is that of one to be made.
+
+        After a drift a new one, where a place is free. Else the one that would answer the prompt, where it is the one
+        that learned the newest sample, or knows what it learns here: a look tells. Else the one that learned the newest
+        sample, since nobody knows yet which of them the prompts of a new domain will be nearest to.
+        """
+        routes, store = self._state.routes, self._state.store
+        routed = [name for name in store.active if name not in store.scope.everywhere]
+        learning = [name for name in routed if not store.expert(name).frozen]
+        if (routes.drifted or not learning) and len(store.active) < self._config.max_active:
+            return self._new_name()
+        current = routes.newest if routes.newest in learning else (learning or routed or [DEFAULT_EXPERT])[-1]
+        prompt, describer = _prompt(record), self._updater.describer
+        assert describer is not None
+        nearest = next(iter(store.scope.answering(prompt, routed, describer, nearest=True)), current)
+        if nearest == current or store.expert(nearest).frozen:
+            return nearest
+        try:
+            (known,) = yield from self._updater.look([Lesson(record["ids"], record["prompt_length"], again=False)],
+                                                     nearest)
+            return nearest if routes.fits(nearest, known.loss) else current
+        except torch.OutOfMemoryError:
+            # what was computed is held by the exception, so room is made after this block
+            pass
+        self._updater.ran_out()
+        return current
+
+    def make(self, name: str) -> None:
+        """Make the expert if there is none of this name; the samples since the drift began are its own from now on.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for a version with it; there is none.
+        """
+        state, store = self._state, self._state.store
+        if name in store.names:
+            return
+        self._operations.adopt(name, self._config.rank, self._config.scaling)
+        try:
+            self._operations.serve({**store.active, name: 1.0})
+        except torch.OutOfMemoryError:
+            store.remove(name)
+            raise
+        for number in state.routes.since:
+            self._hand_over(number, name)
+        state.routes = state.routes.begun(name)
+        _log.info("what is learned has changed: the expert %r begins", name)
+
+    def _hand_over(self, number: int, name: str) -> None:
+        """A sample that is at hand becomes one of another expert, which answers its prompt."""
+        state, describer = self._state, self._updater.describer
+        assert describer is not None
+        prompt: Sequence[int] | None = None
+        for place in (state.ring, state.waiting):
+            slot = place.find(number)
+            if slot is not None:
+                place.hand_over(slot, name)
+                held = place.get(slot)
+                prompt = held.ids[: held.prompt_length].tolist()
+        if prompt is not None:
+            state.store.scope = state.store.scope.learned(name, prompt, describer(prompt, [len(prompt)])[0])
+
+    def _new_name(self) -> str:
+        names, number = self._state.store.names, 2
+        while f"{DEFAULT_EXPERT}-{number}" in names:
+            number += 1
+        return f"{DEFAULT_EXPERT}-{number}"
+
+
+def _prompt(record: Record) -> Sequence[int]:
+    """Ids of a record's prompt before any cut."""
+    asked: Sequence[int] | None = record.get("asked")
+    return record["ids"][: record["prompt_length"]] if asked is None else asked

@@ -1,0 +1,242 @@
+"""Routing by prompt: a new expert after a drift, samples that go where their prompts are answered, frozen experts."""
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from ogpstream.learner import Sample, StreamLearner
+from ogpstream.learner.errors import ConfigError
+from ogpstream.learner.operations import Operations
+
+TinyModel = Callable[..., tf.PreTrainedModel]
+MakeLearner = Callable[..., StreamLearner]
+
+ROUTED: dict[str, Any] = dict(routing="prompt", served_to="scope", max_active=3, ring_samples=64, rehearsals=1,
+                              target_modules="all-linear")
+
+
+def _prompt(domain: int, seed: int) -> tuple[int, ...]:
+    """Nine of the twelve words of a domain and an end that all share."""
+    words = random.Random(f"{domain}/{seed}").sample(range(10 + 20 * domain, 22 + 20 * domain), 9)
+    return (*words, 5, 6)
+
+
+def _sample(domain: int, seed: int, **fields: Any) -> Sample:
+    return Sample(prompt_ids=_prompt(domain, seed), completion_ids=(75 + 5 * domain, 76 + 5 * domain),
+                  id=f"{domain}-{seed}", **fields)
+
+
+def _stream(*domains: int, count: int = 60) -> Iterator[Sample]:
+    return (_sample(domain, 1000 * place + seed) for place, domain in enumerate(domains) for seed in range(count))
+
+
+def _answered(learner: StreamLearner, domain: int, name: str) -> float:
+    prompts = [_prompt(domain, seed) for seed in range(9000, 9050)]
+    return sum(learner.answering(list(prompt)) == (name,) for prompt in prompts) / 50
+
+
+def test_after_a_drift_a_new_expert_learns_and_each_answers_its_own(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0))
+    before = learner.state.store.expert("default").steps
+    assert learner.experts == ("default",) and before
+    learner.learn_batch(_stream(1))
+    assert learner.experts == ("default", "default-2")
+    # the few until it was noticed, and what these rehearsed; no sample of the second domain afterwards
+    assert learner.state.store.expert("default").steps - before < 10
+    assert learner.state.store.expert("default-2").steps > 50
+    assert _answered(learner, 0, "default") > 0.9 and _answered(learner, 1, "default-2") > 0.9
+    # those until then were handed over
+    experts = {learner.state.ring.get(slot).expert for slot in learner.state.ring.slots
+               if int(learner.state.ring.get(slot).ids[0]) >= 30}
+    assert experts == {"default-2"}
+
+
+def test_what_comes_again_goes_to_who_knows_it(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0, 1, 0, 1))
+    assert learner.experts == ("default", "default-2")
+    steps = [learner.state.store.expert(name).steps for name in learner.experts]
+    assert min(steps) > 100
+
+
+def test_without_a_place_the_old_one_goes_on(make: MakeLearner) -> None:
+    learner = make(**{**ROUTED, "max_active": 1})
+    learner.learn_batch(_stream(0, 1))
+    assert learner.experts == ("default",)
+
+
+def test_what_is_mixed_from_the_start_is_one_experts(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    samples = list(_stream(0, 1))
+    random.Random(0).shuffle(samples)
+    learner.learn_batch(samples)
+    assert learner.experts == ("default",)
+
+
+def test_an_expert_computes_and_learns_alone(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0, 1))
+    store, model = learner.state.store, learner.model
+    ids = torch.tensor([list(_prompt(0, 9001))])
+    assert learner.answering(ids[0].tolist()) == ("default",)
+    with torch.no_grad():
+        routed = model(input_ids=ids).logits
+        learner.activate({"default": 1.0})
+        alone = model(input_ids=ids).logits
+        assert torch.allclose(routed, alone, rtol=0, atol=1e-3)
+        learner.activate({"default-2": 1.0})
+        assert not torch.allclose(model(input_ids=ids).logits, alone, rtol=0, atol=1e-2)
+    learner.activate({"default": 1.0, "default-2": 1.0})
+    before = [store.expert("default").delta(index) for index in range(2)]
+    report = learner.learn_one(_sample(1, 5000))
+    assert learner.state.routes.newest == "default-2" and report.loss is not None
+    after = [store.expert("default").delta(index) for index in range(2)]
+    assert all(map(torch.equal, before, after))
+    with torch.no_grad(), learner.attachment.binding.using(store.served.only(["default-2"])):
+        full = torch.tensor([[*_prompt(1, 5001), 80, 81]])
+        labels = full.clone()
+        labels[:, :11] = -100
+        loss = float(model(input_ids=full, labels=labels).loss)
+    sample = Sample(prompt_ids=_prompt(1, 5001), completion_ids=(80, 81))
+    assert learner.learn_one(sample).loss == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("stop", [61, 64, 67, 90])
+def test_a_killed_run_ends_as_the_other_one(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, stop: int
+                                            ) -> None:
+    samples = list(_stream(0, 1, count=60))
+    whole = make(**ROUTED)
+    whole.learn_batch(samples)
+    killed = make(state_dir=tmp_path / "state", **ROUTED)
+    killed.learn_batch(samples[:stop])
+    killed.queue.applier.folder.close()
+    killed.queue.close()
+    killed.attachment.detach()
+    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    again.learn_batch(samples[stop:])
+    assert again.experts == ("default", "default-2")
+    assert again.state_sha256() == whole.state_sha256()
+    again.close()
+
+
+@pytest.mark.parametrize("unit", (1, 4, 9))
+def test_an_aborted_step_ends_as_the_other_one(make: MakeLearner, unit: int) -> None:
+    """Around the sample before which the new expert is made."""
+    samples = list(_stream(0, 1, count=60))
+
+    def learned(abort: bool) -> str:
+        learner = make(**ROUTED)
+        learner.learn_batch(samples[:61])
+        for sample in samples[61:70]:
+            if abort:
+                step = learner.step(sample)
+                for _ in range(unit):
+                    next(step, None)
+                step.close()
+            learner.learn_one(sample)
+        assert learner.experts == ("default", "default-2")
+        return learner.state_sha256()
+
+    assert learned(abort=True) == learned(abort=False)
+
+
+def test_without_memory_for_a_new_expert_the_old_one_goes_on_and_recovery_too(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real, failed = Operations.serve, []
+
+    def serve(self: Operations, gates: dict[str, float]) -> None:
+        if len(gates) > 1 and not failed:
+            failed.append(gates)
+            raise torch.OutOfMemoryError("no room")
+        real(self, gates)
+
+    monkeypatch.setattr(Operations, "serve", serve)
+    learner = make(state_dir=tmp_path / "state", **ROUTED)
+    samples = list(_stream(0, 1, count=60))
+    with caplog.at_level(logging.WARNING):
+        learner.learn_batch(samples[:75])
+    assert failed and "out of memory for a new expert" in caplog.text
+    learner.learn_batch(samples[75:])
+    # the next sample tries again
+    assert learner.experts == ("default", "default-2")
+    sha = learner.state_sha256()
+    learner.queue.applier.folder.close()
+    learner.queue.close()
+    learner.attachment.detach()
+    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    assert again.state_sha256() == sha
+    again.close()
+
+
+def test_a_frozen_expert_stays_and_says_so(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path) -> None:
+    learner = make(state_dir=tmp_path / "state", **ROUTED)
+    learner.learn_batch(_stream(0, 1))
+    learner.freeze("default")
+    store = learner.state.store
+    before = [store.expert("default").delta(index) for index in range(2)]
+    report = learner.learn_one(_sample(0, 7000))
+    assert report.status == "rejected" and "'default'" in str(report.reason) and "unfreeze" in str(report.reason)
+    learner.learn_batch(_sample(1, seed) for seed in range(7100, 7120))
+    learner.consolidate(40)
+    assert all(map(torch.equal, before, (store.expert("default").delta(index) for index in range(2))))
+    assert learner.status()["frozen"] == ["default"]
+    learner.save_state()
+    sha = learner.state_sha256()
+    learner.queue.applier.folder.close()
+    learner.queue.close()
+    learner.attachment.detach()
+    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    assert again.state_sha256() == sha and again.status()["frozen"] == ["default"]
+    again.unfreeze("default")
+    # the same sample is welcome now
+    assert again.learn_one(_sample(0, 7000)).status == "learned"
+    assert not torch.equal(again.state.store.expert("default").delta(0), before[0])
+    again.close()
+
+
+def test_with_all_frozen_a_new_one_begins(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0, count=20))
+    learner.freeze("default")
+    assert learner.learn_one(_sample(1, 0)).status == "learned"
+    assert learner.experts == ("default", "default-2")
+
+
+def test_a_named_expert_is_not_asked(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    learner.add_expert("law")
+    learner.learn_one(_sample(0, 0, expert="law"))
+    assert learner.state.store.expert("law").steps == 1 and learner.state.store.expert("default").steps == 0
+
+
+def test_a_frozen_expert_by_name_learns_nothing_either(make: MakeLearner) -> None:
+    learner = make()
+    learner.learn_batch(_stream(0, count=10))
+    learner.freeze("default")
+    sha = learner.state_sha256()
+    before = learner.state.store.expert("default").delta(0)
+    assert learner.learn_one(_sample(0, 100)).status == "rejected"
+    # nothing at hand is anybody else's
+    learner.consolidate(5)
+    assert torch.equal(learner.state.store.expert("default").delta(0), before) and learner.state_sha256() != sha
+    learner.unfreeze("default")
+    assert learner.learn_one(_sample(0, 101)).status == "learned"
+
+
+def test_wrong_use_is_told(make: MakeLearner) -> None:
+    learner = make()
+    with pytest.raises(ConfigError, match="no expert 'law'"):
+        learner.freeze("law")
+    with pytest.raises(ConfigError, match="leave served_to at 'scope'"):
+        make(routing="prompt")
+    with pytest.raises(ConfigError, match="routing is 'guess'"):
+        make(routing="guess")
