@@ -50,12 +50,20 @@ class RetentionProbe:
 
         Args:
             everywhere: as if all texts lay in the scope of all served experts, which few do: what the adapters
-                themselves would cost the base model.
+                themselves would cost the base model. Where the nearest one alone answers, of each text the loss with
+                the one that costs it most.
         """
         binding = self.attachment.binding
         served = binding.current()
-        with binding.using(served, frozenset(served.experts) if everywhere and served is not None else None):
-            now = text_losses(self.attachment.model, self.texts)
+        answering: list[frozenset[str] | None] = [None]
+        if everywhere and served is not None:
+            alone = binding.gate is not None and binding.gate.nearest
+            answering = [frozenset([name]) for name in served.experts] if alone else [frozenset(served.experts)]
+        losses = []
+        for names in answering:
+            with binding.using(served, names):
+                losses.append(text_losses(self.attachment.model, self.texts))
+        now = torch.stack(losses).max(0).values
         total = self._tokens.sum()
         return Retention(
             crs=float((self._base - now).exp().clamp_max(1.0).mean()),

@@ -144,7 +144,8 @@ def _stream(job: Job, model: Any, tokenizer: Any, config: LearnerConfig, tasks: 
     if isinstance(learner, LearnerStudent):
         state = learner.learner.state
         row |= {"coverage": learner.coverage(), "basis_columns": state.protection.columns,
-                "held_discarded": max(state.store.expert("default").discarded)}
+                "held_discarded": max(max(state.store.expert(name).discarded) for name in state.store.names),
+                "experts": len(state.store.names)}
     return row
 
 

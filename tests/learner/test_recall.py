@@ -70,7 +70,7 @@ class _Watched:
     @staticmethod
     def _noting(real: Callable[..., Any], place: list[list[list[int]]]) -> Callable[..., Any]:
         def noted(*args: Any) -> Any:
-            lessons: Sequence[Lesson] = args[-1] if isinstance(args[0], list) else args[1]
+            lessons: Sequence[Lesson] = args[0] if isinstance(args[0], list) else args[1]
             place.append([list(lesson.ids) for lesson in lessons])
             return real(*args)
 

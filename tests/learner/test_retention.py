@@ -79,3 +79,27 @@ def test_the_formula(learner: StreamLearner, tiny_model: TinyModel, after: bool)
 def test_texts_without_a_token_to_predict_are_refused(learner: StreamLearner, texts: list[list[int]]) -> None:
     with pytest.raises(ConfigError, match="at least 2 tokens"):
         RetentionProbe(learner.attachment, texts)
+
+
+def test_where_one_expert_answers_each_text_has_the_one_that_costs_it_most(tiny_model: TinyModel) -> None:
+    config = LearnerConfig(rank=3, warm_start=False, routing="prompt")
+    learner = StreamLearner(tiny_model("llama", num_hidden_layers=1), config=config)
+    learner.add_expert("law")
+    learner.activate({"default": 1.0, "law": 1.0})
+    probe = RetentionProbe(learner.attachment, TEXTS)
+    store = learner.state.store
+    for seed, name in enumerate(store.names):
+        expert = store.expert(name)
+        generator = torch.Generator().manual_seed(seed)
+        expert.factors = expert.factors + 0.3 * torch.randn(len(expert.factors), generator=generator)
+    learner.activate({"default": 1.0, "law": 1.0})
+    assert probe.measure().crs == 1.0
+    binding, served = learner.attachment.binding, store.served
+    losses = []
+    for name in store.names:
+        with binding.using(served, frozenset([name])):
+            losses.append(_losses(learner.model))
+    base = _losses(tiny_model("llama", num_hidden_layers=1))
+    worst = [min(1.0, math.exp(old - max(both))) for old, *both in zip(base, *losses, strict=True)]
+    assert {both.index(max(both)) for both in zip(*losses, strict=True)} == {0, 1}
+    assert probe.measure(everywhere=True).crs == pytest.approx(sum(worst) / len(worst), rel=1e-5)
