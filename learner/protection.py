@@ -77,8 +77,8 @@ class Protection:
 
     def has_folded(self, expert: Expert) -> bool:
         """Whether an expert is folded against the P of now."""
-        return not self.folds or all(expert.folded.get(key, -1) == basis.version
-                                     for key, basis in self.bases.items() if basis.columns)
+        # version 0 is the empty P, against which there is nothing to fold
+        return not self.folds or all(expert.folded.get(key, 0) == basis.version for key, basis in self.bases.items())
 
     def project_(self, layout: Layout, slab: Tensor) -> Generator[None, None, Use]:
         """Take span(P) out of every A (or dA) of a flat slab `[layout.numel]`, in place, on the slab's device.
