@@ -385,3 +385,30 @@ def test_contradicting_samples_are_those_of_another_answer_to_the_same_prompt() 
     ring.evict(slots[1])
     assert ring.contradicting([1, 2, 3], 2, expert="a") == [slots[5]]
     assert ReplayRing(4, 6, vocab_size=100).contradicting([1, 2], 1, expert="a") == []
+
+
+def test_a_sample_can_be_handed_over() -> None:
+    ring = ReplayRing(8, 16, vocab_size=100)
+    slots = [ring.add([uid, 50], 1, expert="old", uid=uid) for uid in range(6)]
+    assert None not in slots
+    ring.hand_over(ring.slots[2], "new")
+    assert [ring.get(slot).expert for slot in ring.slots] == ["old", "old", "new", "old", "old", "old"]
+    for counter in range(20):
+        assert ring.draw(6, counter=counter, expert="new") == [ring.slots[2]]
+    again = ReplayRing(8, 16, vocab_size=100)
+    again.load_state_dict(*ring.state_dict())
+    assert again.get(again.slots[2]).expert == "new"
+    with pytest.raises(ValueError, match="slot 7 of the replay ring is empty"):
+        ring.hand_over(7, "new")
+
+
+def test_some_experts_can_be_left_out() -> None:
+    ring = ReplayRing(16, 16, vocab_size=100)
+    for uid in range(12):
+        ring.add([uid, 50], 1, expert="abc"[uid % 3], uid=uid)
+    for counter in range(20):
+        drawn = {ring.get(slot).expert for slot in ring.draw(8, counter=counter, but=["a", "nobody"])}
+        assert drawn == {"b", "c"}
+    assert ring.draw(3, counter=0, expert="a", but=["a"]) == []
+    # and where none of them is there the draws are the same
+    assert ring.draw(4, counter=5, but=["nobody"]) == ring.draw(4, counter=5)

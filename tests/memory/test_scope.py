@@ -1,5 +1,6 @@
 """The scope: distances and radius of learned prompts, and which texts lie in it."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -197,3 +198,43 @@ def test_it_goes_on_from_what_was_saved() -> None:
     assert meta == again and all(torch.equal(first[key], second[key]) for key in first)
     with pytest.raises(ValueError, match="saved prompts of 'e'"):
         Scope.from_state_dict({**first, "0.counts": torch.ones(3)}, meta)
+
+
+def _three() -> Scope:
+    scope = Scope()
+    for seed in range(40):
+        for topic, name in enumerate("abc"):
+            scope = _learn(scope, _question(seed, topic), name)
+    return scope
+
+
+def test_the_nearest_alone_answers() -> None:
+    scope = _three()
+    for topic, name in enumerate("abc"):
+        answers = [scope.answering(_question(seed, topic), "abc", _describe, nearest=True)
+                   for seed in range(1000, 1040)]
+        assert all(len(own) <= 1 for own in answers)
+        assert sum(own == {name} for own in answers) >= 38
+    # of these experts
+    assert scope.answering(_question(1000, 0), "bc", _describe, nearest=True) <= {"b", "c"}
+
+
+def test_where_any_answers_a_young_one_that_is_nearer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    # its own radius, of a few prompts, is small yet
+    monkeypatch.setattr(module, "FORM", dataclasses.replace(FORM, first=1e-6))
+    scope = Scope()
+    for seed in range(60):
+        scope = _learn(scope, _question(seed, 1 if seed % 15 == 0 else 0), "old")
+    for seed in range(100, 106):
+        scope = _learn(scope, _question(seed, 1), "young")
+    answers = [scope.answering(_question(seed, 1), ["old", "young"], _describe) for seed in range(1000, 1040)]
+    assert all(own == {"old"} for own in answers)
+    nearest = [scope.answering(_question(seed, 1), ["old", "young"], _describe, nearest=True)
+               for seed in range(1000, 1040)]
+    assert all(own == {"young"} for own in nearest)
+
+
+def test_an_adapter_from_elsewhere_answers_beside_the_nearest() -> None:
+    scope = _three().opened("import")
+    assert scope.answering(_question(1000, 0), ["a", "b", "import"], _describe, nearest=True) == {"a", "import"}
+    assert scope.answering([80] * 30, ["a", "b", "import"], _describe, nearest=True) == {"import"}
