@@ -2,7 +2,7 @@
 
 Losses tell a drift: with a domain well known new samples of it have 0.3 to 0.5 nats per token before their update, the
 first ones of another domain 3 to 6. A cumulative sum (Page 1954, Biometrika 41) of how far they lie above the level of
-their expert passes its limit two to five samples after the change.
+their expert passes its limit four to ten samples after the change.
 """
 
 from __future__ import annotations

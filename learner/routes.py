@@ -10,9 +10,10 @@ from typing import Any
 KNOWN = 16
 # samples that a level is the running mean of
 WINDOW = 32
-# a loss counts by how many mean deviations it lies above its level, less the slack; a deviation is this many nats at
-# least. The changes of three streams of 5, 5 and 8 domains were all noticed, after 2 to 6 samples, and nothing else
-LEAST, SLACK, LIMIT = 0.5, 1.0, 12.0
+# a loss counts by how many mean deviations it lies above its level, less the slack, and at most so much, so that one or
+# two odd samples are no drift; a deviation is this many nats at least. The changes of three streams of 5, 5 and 8
+# domains were all noticed, after 4 to 10 samples, and nothing else
+LEAST, SLACK, MOST, LIMIT = 0.5, 1.0, 3.0, 12.0
 # deviations up to which a sample is one of what an expert knows, and up to which it counts for its level
 FITS = 3.0
 # samples since a drift began that are remembered
@@ -70,7 +71,7 @@ class Routes:
         count, mean, spread = self.levels.get(expert, (0, loss, 0.0))
         unit, above = max(spread, LEAST), 0.0
         if count >= KNOWN:
-            above = (loss - mean) / unit - SLACK
+            above = min(MOST, (loss - mean) / unit - SLACK)
             # what drifts away takes little of the level with it
             loss = min(loss, mean + FITS * unit)
         surge, share = max(0.0, self.surge + above), 1 / min(count + 1, WINDOW)

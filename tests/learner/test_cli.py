@@ -19,7 +19,7 @@ SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snaps
 LEARN_FIELDS = {"samples", "learned", "rejected", "skipped", "quarantined", "update_ms_p50", "update_ms_p95",
                 "loss_first", "loss_last", "rss_peak_mb", "version", "state_sha256", "learned_in_all"}
 STATUS_FIELDS = {"healthy", "acknowledged", "learned", "rejected", "quarantined", "pending", "version", "updates",
-                 "basis_columns", "ring_samples", "experts", "held_discarded", "state_sha256",
+                 "basis_columns", "ring_samples", "experts", "frozen", "held_discarded", "state_sha256",
                  "versions", "quarantine_bytes", "imports_bytes"}
 
 

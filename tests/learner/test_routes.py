@@ -32,7 +32,7 @@ def test_a_change_is_noticed_within_a_few_samples_that_are_remembered() -> None:
         learned = np.abs(0.4 + 0.4 * rng.standard_normal(100)).tolist()
         changed = np.clip(4.0 + 1.5 * rng.standard_normal(20), 2.0, None).tolist()
         at = _first_drift(learned + changed)
-        assert at is not None and 100 <= at < 107
+        assert at is not None and 100 <= at < 110
         since = _seen((learned + changed)[: at + 1]).since
         assert set(range(100, at + 1)) <= set(since) and len(since) <= at + 1 - 98
 
@@ -50,8 +50,9 @@ def test_losses_that_fall_while_a_domain_is_learned_are_no_drift() -> None:
 
 
 def test_a_single_odd_sample_is_none() -> None:
-    assert not _seen([0.4] * 50 + [6.0]).drifted and _seen([0.4] * 50 + [6.0]).surge > 0
-    assert _seen([0.4] * 50 + [6.0] + [0.4] * 12).since == ()
+    odd = _seen([0.4] * 50 + [60.0, 0.4, 60.0, 60.0])
+    assert not odd.drifted and odd.surge > 0 and odd.since
+    assert _seen([0.4] * 50 + [60.0] + [0.4] * 12).since == ()
 
 
 def test_a_drift_does_not_take_its_level_with_it() -> None:
@@ -70,7 +71,7 @@ def test_each_expert_has_a_level_of_its_own() -> None:
     routes = _seen([5.0] * 40, _seen([0.2] * 40), expert="f")
     assert not routes.drifted and routes.newest == "f"
     assert not routes.fits("e", 5.0) and routes.fits("f", 5.0)
-    assert _seen([5.0] * 2, routes, expert="e").drifted and not _seen([5.0] * 2, routes, expert="f").drifted
+    assert _seen([5.0] * 4, routes, expert="e").drifted and not _seen([5.0] * 4, routes, expert="f").drifted
 
 
 @given(st.lists(st.tuples(st.sampled_from("ef"), st.floats(0, 20)), max_size=100))
