@@ -84,8 +84,6 @@ class LearnerConfig:
     ring_draw: RingDraw = "uniform"
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
-    # of an update on several samples: a step for each in turn, and then this part of the way; 0 is one step on all
-    turn_rate: float = 0.0
     second_look: bool = True  # one of them is the sample before, so that each can soon count as learned
     # further updates of a new sample in `learn`, `learn_batch` and an idle loop, until it counts as learned: with 8 of
     # them 90 % of corrections stick at once, without 22 %; but over a long stream 3 forget more (accuracy .76 for .79)
@@ -130,8 +128,7 @@ class LearnerConfig:
                      "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
-        for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share", "restart_loss",
-                     "turn_rate"):
+        for name in ("basis_share", "novelty", "warm_energy", "warm_share", "learned_share", "restart_loss"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie between 0 and 1")
         for name in ("lr", "loraplus_lr_ratio", "alpha", "weight_decay", "base_anchor", "settled_below",

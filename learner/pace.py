@@ -4,7 +4,7 @@ With L layers of which the top k are trained, and groups of N tokens (samples th
 rows each, an update takes
 
     (L + again) F(N) + k B(N) + Q(n)    of each group: forward, layers computed again, backward, loss
-    S k / L + C                         of each step: optimizer and projection; publishing, growth of P and the rest
+    S k / L + C                         once: optimizer and projection; publishing, growth of P and the rest
 
 F, B and Q are lines through a few measured points, S and C are measured too. Each of the five has a level, the median
 of actual over predicted seconds in the latest updates, so that the prediction follows the machine and what else runs on
@@ -79,25 +79,22 @@ class Costs:
         depth: L.
         forward, backward: seconds of one layer by tokens; loss: of a sample by rows.
         step, rest: S and C, seconds.
-        in_turn: each group has a step of its own.
     """
 
-    def __init__(self, depth: int, forward: Line, backward: Line, loss: Line, step: float, rest: float, *,
-                 in_turn: bool = False) -> None:
-        self.depth, self._in_turn = depth, in_turn
+    def __init__(self, depth: int, forward: Line, backward: Line, loss: Line, step: float, rest: float) -> None:
+        self.depth = depth
         self._forward, self._backward, self._loss = forward, backward, loss
         self._step, self._rest = step, rest
         self._ratios: dict[Term, deque[float]] = {}
 
     def terms(self, loads: Sequence[Load], layers: int) -> dict[Term, float]:
         """Seconds of an update that trains so many layers, by term, before the levels."""
-        steps = len(loads) if self._in_turn else 1
         return {
             "forward": sum((self.depth + load.again) * self._forward(load.tokens) for load in loads),
             "backward": sum(layers * self._backward(load.tokens) for load in loads),
             "loss": sum(self._loss(rows) for load in loads for rows in load.rows),
-            "step": steps * self._step * layers / self.depth,
-            "rest": steps * self._rest,
+            "step": self._step * layers / self.depth,
+            "rest": self._rest,
         }
 
     def predict(self, loads: Sequence[Load], layers: int) -> float:

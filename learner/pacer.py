@@ -221,8 +221,7 @@ class Pacer:
 
         whole, rest = yield from typical(("step", 0, 0), step, publish)
         return Costs(len(plan.calls), Line(tuple((tokens, pair[0]) for tokens, pair in layers.items())),
-                     Line(tuple((tokens, pair[1]) for tokens, pair in layers.items())), Line(tuple(loss)), whole, rest,
-                     in_turn=config.turn_rate > 0)
+                     Line(tuple((tokens, pair[1]) for tokens, pair in layers.items())), Line(tuple(loss)), whole, rest)
 
     def _give_back(self) -> None:
         """What was computed when memory ran out, to the device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,19 +28,12 @@ class Proposal:
         flats: their whole copies on the device, where it holds them whole.
         used: mask `[rows]` of the directions, by basis, that the gradient had a share in.
         finite: of all masters.
-        steps: that it is of.
     """
 
     used: dict[str, Tensor]
     slabs: dict[str, Tensor] = field(default_factory=dict)
     flats: dict[str, Tensor] = field(default_factory=dict)
     finite: bool = True
-    steps: int = 1
-
-    def followed_by(self, other: Proposal) -> Proposal:
-        """Both, of which the other one began where this one ends."""
-        used = {key: mask | other.used[key] if key in other.used else mask for key, mask in self.used.items()}
-        return replace(other, used={**other.used, **used}, steps=self.steps + other.steps)
 
 
 class Proposer:

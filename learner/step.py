@@ -44,12 +44,11 @@ def sample_gradients(
     activations: ActivationPlan,
     layers: int | None = None,
     alone: str | None = None,
-    version: Served | None = None,
 ) -> Generator[str, None, list[Reading]]:
     """Add dA and dB of each sample to its sink.
 
-    All units compute with one version, that which is served when the first one starts. Several samples share the
-    forwards, padded on the right, where no real token of a causal model sees it.
+    All units compute with the version that is served when the first one starts. Several samples share the forwards,
+    padded on the right, where no real token of a causal model sees it.
 
     Args:
         sinks: one for each sample.
@@ -59,7 +58,6 @@ def sample_gradients(
         layers: how many of the top decoder layers are trained, at least 1; None is all. Those below run without a
             graph, and the backward ends where they begin.
         alone: the expert that computes, without the others that are served; None is all of them.
-        version: to compute with, in place of what is served.
 
     Yields:
         The name of the unit that was just done.
@@ -67,7 +65,7 @@ def sample_gradients(
     Returns:
         How well each completion was known.
     """
-    served, tokens = _version(version or binding.current(), alone), _padded(samples, walk.model.device)
+    served, tokens = _version(binding, alone), _padded(samples, walk.model.device)
     with binding.using(served):
         plan = walk.plan(tokens)
     yield "plan"
@@ -123,7 +121,7 @@ def sample_readings(
     Yields:
         "look", after each layer and each chunk of the cross-entropy.
     """
-    served, tokens = _version(binding.current(), alone), _padded(samples, walk.model.device)
+    served, tokens = _version(binding, alone), _padded(samples, walk.model.device)
     with binding.using(served):
         plan = walk.plan(tokens)
     hidden = plan.hidden
@@ -144,8 +142,9 @@ def sample_readings(
     return _readings(seen, samples)
 
 
-def _version(served: Served | None, alone: str | None) -> Served | None:
-    """A version, or one expert of it."""
+def _version(binding: Binding, alone: str | None) -> Served | None:
+    """What is served now, or one expert of it."""
+    served = binding.current()
     return served if served is None or alone is None else served.only((alone,))
 
 

@@ -7,6 +7,7 @@ is assignments alone, and what is served changes by one of them.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.course import Course
 from ogpstream.learner.description import Describer
 from ogpstream.learner.draft import Draft, Growth
 from ogpstream.learner.judge import Judge
@@ -26,8 +26,8 @@ from ogpstream.learner.proposal import Proposal, Proposer
 from ogpstream.learner.protection import Protection
 from ogpstream.learner.report import Update
 from ogpstream.learner.sites import Attachment
-from ogpstream.learner.staging import staging_for
-from ogpstream.learner.step import Reading, sample_readings
+from ogpstream.learner.staging import parts, staging_for
+from ogpstream.learner.step import Reading, sample_gradients, sample_readings
 from ogpstream.learner.walk import LayerWalk
 from ogpstream.memory.adapters import AdapterStore, Served
 from ogpstream.memory.experts import Expert
@@ -96,7 +96,7 @@ class Updater:
         layers = None if layers is None or layers >= self.depth else layers
         while True:
             usable = [lesson for lesson in lessons if lesson.refusal is None]
-            plans = [plan for _, _, plan in self.plans(lessons, layers)]
+            plans = [plan for _, _, plan in self.plans(usable, layers)]
             most = max(plans, key=_peak, default=None)
             try:
                 trial = yield from self._try(expert, lessons, iter(plans), layers)
@@ -108,18 +108,16 @@ class Updater:
                     raise
             assert most is not None
             self._make_room(usable, most, layers)
-        course = trial.course
-        losses, norms = (tuple(column) for column in zip(*((one.reading.loss, one.norm) for one in course.seen),
-                                                         strict=True))
+        losses = tuple(reading.loss for reading in trial.readings)
         if trial.draft is None:
-            return Update(losses, norms, tuple(False for _ in lessons), course.refusal, activations=most)
+            return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
 
-        proposal, draft = course.proposal, trial.draft
+        proposal, draft = trial.proposal, trial.draft
         self._commit(draft, trial.served, trial.scope)
         if proposal is not None:
             self.staging.committed(expert, proposal.slabs, proposal.flats, self.store.active)
         growth = draft.growth
-        return Update(losses, norms, tuple(one.learned for one in course.seen), None,
+        return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)
 
     def look(self, lessons: Sequence[Lesson], expert: str) -> Generator[str, None, list[Reading]]:
@@ -141,19 +139,52 @@ class Updater:
     def _try(self, expert: Expert, lessons: Sequence[Lesson], plans: Iterator[ActivationPlan], layers: int | None
              ) -> Generator[str, None, _Trial]:
         """Everything of an update that changes nothing."""
-        course = Course(self, expert, lessons)
-        yield from course.run(plans, layers)
+        config, sites = self.config, None if layers is None else self.sites_of(layers)
+        readings: list[Reading] = []
+        gradients: list[Tensor] = []
+        usable = [lesson for lesson in lessons if lesson.refusal is None]
+        found: list[tuple[Reading, Tensor]] = []
+        for group, plan in zip(self.groups(usable), plans, strict=True):
+            sinks = [self.staging.sink(expert) for _ in group]
+            samples = [(lesson.ids, lesson.prompt_length) for lesson in group]
+            known = yield from sample_gradients(self.walk, self.attachment.binding, sinks, samples,
+                                                chunk=config.loss_chunk, activations=plan, layers=layers,
+                                                alone=expert.name if self.alone else None)
+            found += zip(known, (sink.slab for sink in sinks), strict=True)
+        results = iter(found)
+        for lesson in lessons:
+            refused = (Reading(math.nan, 0.0), torch.full((1,), math.nan))
+            reading, gradient = next(results) if lesson.refusal is None else refused
+            readings.append(reading)
+            gradients.append(gradient)
+        losses = [reading.loss for reading in readings]
+        norms = yield from named("norm", _norms(gradients))
+        refusals = [lesson.refusal or self.judge.refusal(loss, norm)
+                    for lesson, loss, norm in zip(lessons, losses, norms, strict=True)]
+        # an old sample that cannot be used any more does not keep a new one from being learned
+        essential = [r for r, lesson in zip(refusals, lessons, strict=True) if not lesson.again] or refusals
+        refusal = essential[0] if all(essential) else None
+        moving = [g for g, loss, r in zip(gradients, losses, refusals, strict=True)
+                  if r is None and loss >= config.settled_below]
+        learned = tuple(refusal is None and self.judge.learned(lesson.again, reading)
+                        for lesson, reading in zip(lessons, readings, strict=True))
+        offered = [self.staging.gathered(expert.layout, gradient)
+                   for gradient, counts in zip(gradients, learned, strict=True) if counts]
+        proposal = None
+        if refusal is None and moving:
+            proposal = yield from self.proposer.run(expert, moving, sites)
+            if not proposal.finite:
+                refusal = "the update is not finite"
         draft = served = scope = None
-        if course.refusal is None:
-            offered = [seen.gradient for seen in course.seen if seen.gradient is not None]
-            draft = yield from self._draft(expert, course.proposal, offered)
+        if refusal is None:
+            draft = yield from self._draft(expert, proposal, offered)
             # an expert that is not served yet is with its first update, though nothing else may come of this one
             new = tuple(self.store.active) != self.store.served.experts
             scope = self._scope(expert.name, lessons)
             opens = scope is not self.store.scope and self.attachment.binding.gate is not None
-            if course.proposal is not None or draft.growth.admitted or new or opens:
-                served = yield from named("publish", self.building(draft.experts, scope))
-        return _Trial(course, draft, served, scope)
+            if proposal is not None or draft.growth.admitted or new or opens:
+                served = yield from self._built(draft, scope)
+        return _Trial(readings, norms, learned, refusal, proposal, draft, served, scope)
 
     def _draft(self, expert: Expert, proposal: Proposal | None, offered: Sequence[Tensor]
                ) -> Generator[str, None, Draft]:
@@ -164,7 +195,7 @@ class Updater:
             copy, used = draft.experts[expert.name], proposal.used
             for slab in ("factors", "exp_avg", "exp_avg_sq"):
                 setattr(copy, slab, proposal.slabs.get(slab))
-            copy.steps += proposal.steps
+            copy.steps += 1
             if config.average and config.restart_after and self.protection.folds:
                 yield from named("average", draft.follow(expert.name))
         yield from named("growth", draft.grow(expert.layout, offered, used))
@@ -180,11 +211,10 @@ class Updater:
                     scope = scope.learned(name, prompt, self.describer(prompt, [len(prompt)])[0])
         return scope
 
-    def building(self, experts: Mapping[str, Expert], scope: Scope | None = None) -> Generator[None, None, Served]:
-        """The version to serve once some experts are as these."""
-        active = self.store.active
-        served = {name: self.store.expert(name) for name in active}
-        return self.store.building(active, {**served, **experts}, scope=scope)
+    def _built(self, draft: Draft, scope: Scope | None = None) -> Generator[str, None, Served]:
+        """The version to serve when a draft is committed."""
+        experts = {name: self.store.expert(name) for name in self.store.active} | draft.experts
+        return (yield from named("publish", self.store.building(self.store.active, experts, scope=scope)))
 
     def _commit(self, draft: Draft, served: Served | None, scope: Scope | None = None) -> None:
         """No pause from here on, nothing to compute, and nothing that could fail for want of memory."""
@@ -217,11 +247,10 @@ class Updater:
     def plans(self, lessons: Sequence[Lesson], layers: int | None
               ) -> Iterator[tuple[list[Lesson], int, ActivationPlan]]:
         """The lessons that share a forward, its tokens with the padding, and how its activations are kept."""
-        for turn in self.turns(lessons):
-            for group in self.groups([lessons[number] for number in turn]):
-                # attention's square term is that of one long sample, which is more than that of several short ones
-                tokens = len(group) * max(len(lesson.ids) for lesson in group)
-                yield group, tokens, self.preflight.plan(tokens, max(lesson.rows for lesson in group), layers)
+        for group in self.groups(lessons):
+            # attention's square term is that of one long sample, which is more than that of several short ones
+            tokens = len(group) * max(len(lesson.ids) for lesson in group)
+            yield group, tokens, self.preflight.plan(tokens, max(lesson.rows for lesson in group), layers)
 
     def _make_room(self, lessons: Sequence[Lesson], most: ActivationPlan, layers: int | None) -> None:
         """After memory ran out: give all of it back, and go on with smaller plans than the largest one was."""
@@ -238,19 +267,10 @@ class Updater:
             least = max((lesson.rows + 1 for lesson in lessons if lesson is not longest), default=0)
             raise NoRoom(min(len(longest.ids) - 1, max(longest.rows + longest.prompt_length // 2, least)))
 
-    def turns(self, lessons: Sequence[Lesson]) -> list[list[int]]:
-        """Numbers of the lessons of each step: all in one, or each in one, that of a new sample, the first, last."""
-        numbers = list(range(len(lessons)))
-        if self.config.turn_rate and len(lessons) > 1:
-            return [[number] for number in [*numbers[1:], 0]]
-        return [numbers]
-
     def groups(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
-        """The lessons in order that are not refused, those together that may share a forward."""
+        """The lessons in order, those together that may share a forward."""
         groups: list[list[Lesson]] = []
         for lesson in lessons:
-            if lesson.refusal is not None:
-                continue
             group = [*groups[-1], lesson] if groups and self.attachment.batches else [lesson]
             if len(group) > 1 and len(group) * max(len(one.ids) for one in group) <= self.config.shared_tokens:
                 groups[-1] = group
@@ -284,7 +304,7 @@ class Updater:
             return None
         draft = Draft(self.protection, self._folding(expert))
         made = yield from named("restart", draft.restart(name))
-        served = (yield from named("publish", self.building(draft.experts))) if made else None
+        served = (yield from self._built(draft)) if made else None
         self._commit(draft, served)
         return draft.growth if made else None
 
@@ -307,6 +327,18 @@ class Updater:
         return [expert for expert in active if expert is trained or not expert.frozen]
 
 
+def _norms(gradients: Sequence[Tensor]) -> Generator[None, None, tuple[float, ...]]:
+    """Of each slab, in pieces: 40M numbers of a large model are 10 ms on a core."""
+    found = []
+    for gradient in gradients:
+        own = []
+        for part in parts(gradient):
+            own.append(part.norm())
+            yield
+        found.append(float(torch.stack(own).norm()) if len(own) > 1 else float(own[0]))
+    return tuple(found)
+
+
 def _peak(plan: ActivationPlan) -> int:
     return plan.peak_bytes
 
@@ -316,13 +348,18 @@ class _Trial:
     """What an update found out before it changed anything.
 
     Attributes:
-        course: its steps.
+        readings, norms, learned: of each lesson.
+        proposal: the step that they propose; None where all is settled.
         draft: what becomes of experts and bases; None where it is refused.
         served: the version that comes of it; None where none does.
         scope: with the new lessons' prompts; None where it is refused.
     """
 
-    course: Course
+    readings: Sequence[Reading]
+    norms: tuple[float, ...]
+    learned: tuple[bool, ...]
+    refusal: str | None
+    proposal: Proposal | None
     draft: Draft | None
     served: Served | None
     scope: Scope | None

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, StreamLearner, course, update
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner, update
 from ogpstream.learner.apply import Applier
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.certificate import DriftMeter, spectral_norm
@@ -84,7 +84,7 @@ def made_up_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(course, "sample_gradients", _random_gradients)
+        patch.setattr(update, "sample_gradients", _random_gradients)
         yield
 
 
@@ -126,10 +126,8 @@ class Bench:
         self.applier = Applier(self.state, self.updater, self.config, MemoryFolder(), {}, lambda records: None)
 
     def learn(self, name: str, seed: int, kind: str = "learned", layers: int | None = None) -> update.Update:
-        lessons = [Lesson((seed, list(LOSSES).index(kind)), 1, again=True)]
-        if self.config.turn_rate:
-            lessons.append(Lesson((seed + 1, list(LOSSES).index("learned")), 1, again=True))
-        work = activating(self.updater, name, self.updater.run(name, lessons, layers))
+        lesson = Lesson((seed, list(LOSSES).index(kind)), 1, again=True)
+        work = activating(self.updater, name, self.updater.run(name, [lesson], layers))
         while True:
             try:
                 next(work)
@@ -194,14 +192,12 @@ class Setting:
     columns: int = 6
     restart_after: int = 0
     warm_start: bool = False
-    turn_rate: float = 0.0
 
     def config(self) -> LearnerConfig:
         return LearnerConfig(
             optimizer=self.optimizer, lr=self.lr, weight_decay=self.weight_decay,  # type: ignore[arg-type]
             held_rank=self.held_rank, guard=self.guard, basis_columns=self.columns,  # type: ignore[arg-type]
             directions_per_sample=2, use_window=10, warm_start=self.warm_start, restart_after=self.restart_after,
-            turn_rate=self.turn_rate,
         )
 
 
@@ -228,15 +224,14 @@ def _run(bench: Bench, story: Sequence[tuple[Any, ...]]) -> None:
 @settings(max_examples=12)
 @given(
     story=events, bases=st.sampled_from([LAYER, SHARED]), held_rank=st.sampled_from([None, 2, 4]),
-    restart_after=st.sampled_from([0, 3]), warm_start=st.booleans(), turn_rate=st.sampled_from([0.0, 0.5]),
+    restart_after=st.sampled_from([0, 3]), warm_start=st.booleans(),
 )
 @pytest.mark.parametrize("setting", OPTIMIZERS, ids=["sgd", "adam", "adamw"])
 def test_protected_outputs_do_not_move(
     bare: tf.PreTrainedModel, setting: Setting, story: list[Any], bases: dict[str, str], held_rank: int | None,
-    restart_after: int, warm_start: bool, turn_rate: float,
+    restart_after: int, warm_start: bool,
 ) -> None:
-    own = replace(setting, held_rank=held_rank, restart_after=restart_after, warm_start=warm_start,
-                  turn_rate=turn_rate)
+    own = replace(setting, held_rank=held_rank, restart_after=restart_after, warm_start=warm_start)
     bench = Bench(bare, own.config(), bases)
     _run(bench, story)
     assert bench.worst <= LIMIT
@@ -399,13 +394,13 @@ def test_without_a_basis_there_is_nothing_to_measure(bare: tf.PreTrainedModel) -
     assert (drift.guarantee, drift.held) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("scope", "held_rank", "turn_rate"), [("layer", None, 0.0), ("shared", 2, 0.5)])
+@pytest.mark.parametrize(("scope", "held_rank"), [("layer", None), ("shared", 2)])
 def test_a_learner_keeps_its_promise(
-    tiny_model: TinyModel, real_gradients: None, scope: Any, held_rank: int | None, turn_rate: float
+    tiny_model: TinyModel, real_gradients: None, scope: Any, held_rank: int | None
 ) -> None:
     config = LearnerConfig(
         rank=3, lr=0.02, basis_scope=scope, held_rank=held_rank, basis_columns=12, learned_below=4.0,
-        learned_share=0.0, rehearsals=1, turn_rate=turn_rate,
+        learned_share=0.0, rehearsals=1,
         warm_samples=4, warm_tokens=16, warm_energy=0.5, warm_share=0.3,
     )
     learner = StreamLearner(tiny_model("llama"), config=config)

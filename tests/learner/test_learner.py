@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, course, judge, update
+from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, judge, update
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.step import Reading
 from ogpstream.memory.replay import SlotFlag
@@ -316,7 +316,7 @@ def test_an_absurd_loss_commits_nothing(make: MakeLearner, monkeypatch: pytest.M
         return [Reading(loss, certain=1.0) for _ in samples]
 
     with monkeypatch.context() as patch:
-        patch.setattr(course, "sample_gradients", broken)
+        patch.setattr(update, "sample_gradients", broken)
         report = learner.learn_one(_sample(1))
     assert report.status == "rejected" and report.reason is not None
     assert (learner.version, learner.state.protection.columns, len(learner.state.ring)) == (version, columns, 1)

@@ -77,13 +77,3 @@ def test_levels_follow_what_updates_took_and_one_stall_does_not_move_them() -> N
     for _ in range(WINDOW // 2 + 1):
         costs.observe(loads, DEPTH, {"forward": 0.5 * terms["forward"]})
     assert costs.level("forward") == 0.5 and costs.level("backward") == 2.0
-
-
-def test_steps_in_turn_cost_one_each() -> None:
-    def costs(*, in_turn: bool) -> Costs:
-        line = Line(((1, 0.0),))
-        return Costs(4, line, line, line, 0.4, 0.1, in_turn=in_turn)
-
-    loads = [Load(10, (2,), 0)] * 3
-    assert costs(in_turn=True).predict(loads, 2) == pytest.approx(3 * (0.2 + 0.1))
-    assert costs(in_turn=False).predict(loads, 2) == pytest.approx(0.2 + 0.1)

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, course, staging, update
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner, anchor, staging, update
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.staging import Lean, Piece, PieceSink, Resident, Staging, in_pieces
 from ogpstream.memory.adapters import AdapterStore
@@ -129,7 +129,7 @@ def test_piece_by_piece_the_host_s_update_is_made_up_to_rounding(
 def test_the_norm_of_a_gradient_is_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "FACTORS", 1000)
     gradient = torch.randn(2500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    work, units = course._norms([gradient, gradient * 2]), 0
+    work, units = update._norms([gradient, gradient * 2]), 0
     while True:
         try:
             next(work)
