@@ -109,9 +109,12 @@ class Applier:
         new = Lesson(record["ids"], record["prompt_length"], again=False, asked=record.get("asked"))
         if self.state.position.done == 0:
             expert = yield from self._route(record)
-            frozen = self.state.store.expert(expert).frozen
-            if frozen:
-                new = replace(new, refusal=f"the expert {expert!r}, which answers such prompts, is frozen: unfreeze it")
+            if self.state.store.expert(expert).frozen:
+                reason = f"the expert {expert!r}, which answers such prompts, is frozen: unfreeze it"
+                yield from writing(partial(self.folder.quarantine, {**record, "reason": reason}))
+                counters.acknowledged += 1
+                counters.rejected += 1
+                return self._report(record, new, "rejected", started, None, updates, reason)
             contradicted = self._contradicted(record)
             # what this sample corrects is not learned beside it
             slots = [slot for slot in self.recall.companions(record["rehearsals"], expert)
@@ -126,7 +129,7 @@ class Applier:
                 counters.acknowledged += 1
                 counters.gradients += 1 + len(slots)
                 counters.rejected += 1
-                if record["id"] is not None and not frozen:
+                if record["id"] is not None:
                     # not by its id, which the mended sample may have too
                     self.state.refused.add(record["digest"])
                 return self._report(record, trained, "rejected", started, loss, updates, reason)
@@ -135,7 +138,8 @@ class Applier:
             if record["id"] is not None:
                 self.state.seen.add(record["id"])
             self.recall.note(slots, update, first=1)
-            if self._is_routed(record) and loss is not None:
+            # a correction of what is known tells nothing of what comes
+            if self._is_routed(record) and loss is not None and self.router.owner(record) is None:
                 self.state.routes = self.state.routes.saw(expert, loss, counters.acknowledged)
             # not the journal's number: a copy of the state starts its journal anew
             for place in self._rings:
@@ -154,8 +158,8 @@ class Applier:
         if every and counters.learned % every == 0 and self.state.position.done == 1 + _repeats(record):
             newest = ring.find(counters.acknowledged)
             new_one = [] if newest is None else [ring.get(newest)]
-            if len(ring) > len(new_one):
-                updates.append((yield from self._rehearse(record, self.recall.draw(1, but=new_one))))
+            if old := self.recall.draw(1, but=new_one):
+                updates.append((yield from self._rehearse(record, old)))
                 yield from self._save()
         trained = amendments.paced(new, record, 0, self._bos)
         report = self._report(record, trained, "learned", started, loss, updates, None)
@@ -188,9 +192,10 @@ class Applier:
         yield from writing(partial(self.acknowledge, [{"kind": "route", "of": record["seq"], "expert": expert}]))
 
     def _contradicted(self, record: Record) -> list[int]:
-        """Numbers of the samples with the prompt of a record's sample and another answer."""
-        ids, length, expert = record["ids"], record["prompt_length"], expert_of(record)
-        return sorted({place.get(slot).uid for place in self._rings
+        """Numbers of the samples with the prompt of a record's sample and another answer, of who answers it."""
+        ids, length = record["ids"], record["prompt_length"]
+        experts = self.state.store.active if self._is_routed(record) else [expert_of(record)]
+        return sorted({place.get(slot).uid for place in self._rings for expert in experts
                        for slot in place.contradicting(ids, length, expert=expert)})
 
     def _repeat(self, record: Record, updates: list[Update]) -> Generator[str, None, None]:

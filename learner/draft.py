@@ -51,7 +51,7 @@ class Draft:
     Its generators yield after each unit. Dropped at any of them it has changed nothing; `commit` is assignments alone.
 
     Args:
-        experts: those that fold what joins P: the active ones.
+        experts: those that fold what joins P.
 
     Attributes:
         experts: their copies, by name.

@@ -136,13 +136,17 @@ class Gate:
                      for text, row in zip(before.texts, ids.tolist(), strict=True)]
             answering = [self.answering(served, text) for text in texts]
             if not cut:
-                answering = [old | now for old, now in zip(before.answering, answering, strict=True)]
+                answering = [self._both(served, old, now) for old, now in zip(before.answering, answering, strict=True)]
             return Found(answering, texts, length + new)
         if new >= QUESTION:
             # of the answer in between nothing is known
-            return Found([old | self.answering(served, row)
+            return Found([self._both(served, old, self.answering(served, row))
                           for old, row in zip(before.answering, ids.tolist(), strict=True)])
         return before
+
+    def _both(self, served: Served, old: frozenset[str], now: frozenset[str]) -> frozenset[str]:
+        """Who answers what goes on: those of before too, but where one alone does the newest."""
+        return now if self.nearest and now - served.scope.everywhere else old | now
 
     def _shares(self, served: Served, answering: Sequence[frozenset[str]], device: torch.device) -> tuple[Share, ...]:
         kinds = sorted(set(answering), key=sorted)

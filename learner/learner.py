@@ -75,9 +75,11 @@ class StreamLearner:
         """Continue from a state folder: newest valid snapshot, then the journal after it.
 
         Args:
-            served_to: which prompts the experts answer from now on, in place of what the state says.
+            served_to: which prompts the experts answer from now on, in place of what the state says; not "all" with
+                routing by prompt.
 
         Raises:
+            ConfigError: `served_to` does not fit.
             StateError: the folder is of another base model, damaged, in use, or cannot be written.
         """
         learner = cls.__new__(cls)

@@ -52,7 +52,6 @@ class Look:
         yield from writing(partial(self._acknowledge, [{"kind": "blind", "of": record["seq"], "done": update}]))
         return []
 
-
     def _together(self, slots: Sequence[Slot]) -> list[list[Slot]]:
         """Those that are computed with the same experts."""
         if not self._updater.alone:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ogpstream.learner import amendments, peft_io
 from ogpstream.learner.config import LearnerConfig
-from ogpstream.learner.draft import fold_now
+from ogpstream.learner.draft import Draft, fold_now
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
 from ogpstream.learner.report import SampleReport
 from ogpstream.learner.restart import fresh_factors
+from ogpstream.learner.rounds import Rounds
 from ogpstream.learner.state import LearnerState, Position
 from ogpstream.learner.update import Updater
 from ogpstream.memory.units import exhausted
@@ -30,8 +31,7 @@ class Operations:
 
         Raises:
             StateError: its kind is unknown, or the folder cannot be written: nothing has changed.
-            torch.OutOfMemoryError: there is no room for another version: nothing has changed, but that experts to be
-                served are folded against the P of now.
+            torch.OutOfMemoryError: there is no room for another version: nothing has changed.
         """
         counters, version = self.state.counters, self.state.store.served.version
         match record["kind"]:
@@ -56,10 +56,9 @@ class Operations:
             case "activate":
                 self.serve(record["gates"])
             case "freeze":
-                expert = self.state.store.expert(record["name"])
-                expert.frozen = record["frozen"]
-                if not expert.frozen and expert.name in self.state.store.active:
-                    fold_now(self.state.protection, expert)
+                # what it missed while it was frozen it folds before its next update
+                self.state.store.expert(record["name"]).frozen = record["frozen"]
+                self.state.rounds = Rounds()
             case "rollback":
                 self._roll_back(record, folder)
             case kind if kind not in amendments.KINDS:
@@ -89,10 +88,12 @@ class Operations:
         store = self.state.store
         # sorted, as the journal gives them back: the order decides which one is the least recently used
         active = dict(sorted(gates.items()))
-        for name in active:
-            if not store.expert(name).frozen:
-                fold_now(self.state.protection, store.expert(name))
-        served = exhausted(store.building(active, {name: store.expert(name) for name in active}))
+        experts = {name: store.expert(name) for name in active}
+        draft = Draft(self.state.protection, [expert for expert in experts.values() if not expert.frozen])
+        for name in draft.experts:
+            exhausted(draft.fold(name))
+        served = exhausted(store.building(active, {**experts, **draft.experts}))
+        draft.commit()
         for name in tuple(store.active):
             store.deactivate(name)
         for name, gate in active.items():
@@ -103,7 +104,7 @@ class Operations:
         snapshot = folder.load(record["to"])
         state = self.state
         counters, version = state.counters, state.store.served.version
-        seen, refused = state.seen.state_dict(), state.refused.state_dict()
+        seen, refused, frozen = state.seen.state_dict(), state.refused.state_dict(), state.frozen
         position = Position(**snapshot.meta["position"])
         # a snapshot made between the updates of a sample has that sample in it
         inside = position.seq + (position.done > 0)
@@ -115,6 +116,9 @@ class Operations:
         # what was brought before stays known, so that a rerun of its file does not learn it again
         state.seen.load_state_dict(seen)
         state.refused.load_state_dict(refused)
+        # and who is frozen is no matter of what was learned
+        for name in state.store.names:
+            state.store.expert(name).frozen = name in frozen
         learned = state.counters.learned
         state.counters = replace(counters, learned=learned,
                                  quarantined=counters.quarantined + counters.learned - learned)

@@ -13,7 +13,7 @@ from ogpstream.learner import peft_io
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
-from ogpstream.learner.samples import EXPERT_NAME
+from ogpstream.learner.samples import DEFAULT_EXPERT, EXPERT_NAME
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.units import exhausted
@@ -89,6 +89,9 @@ class Roster:
             raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
         if name in self.names:
             raise ConfigError(f"there is an expert {name!r} already")
+        if self._config.routing == "prompt" and name.startswith(f"{DEFAULT_EXPERT}-"):
+            # a sample that waits may be about to make it
+            raise ConfigError(f"{name!r} is a name that routing gives: choose one that does not begin so")
 
     def _expert(self, name: str) -> Expert:
         try:

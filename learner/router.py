@@ -36,21 +36,30 @@ class Router:
     def choose(self, record: Record) -> Generator[str, None, str]:
         """The expert for a record's sample; a name that is not known yet is that of one to be made.
 
-        After a drift a new one, where a place is free. Else the one that would answer the prompt, where it is the one
-        that learned the newest sample, or knows what it learns here: a look tells. Else the one that learned the newest
-        sample, since nobody knows yet which of them the prompts of a new domain will be nearest to.
+        One that has learned this prompt, which is corrected then; a frozen one that answers it. After a drift a new
+        one, where a place is free. Else the one that would answer the prompt, where it is the one that learned the
+        newest sample, or knows what it learns here: a look tells. Else the one that learned the newest sample, since
+        nobody knows yet which of them the prompts of a new domain will be nearest to.
         """
         routes, store = self._state.routes, self._state.store
         routed = [name for name in store.active if name not in store.scope.everywhere]
         learning = [name for name in routed if not store.expert(name).frozen]
+        owner = self.owner(record)
+        if owner is not None:
+            return owner
+        prompt, describer = _prompt(record), self._updater.describer
+        assert describer is not None
+        nearest = next(iter(store.scope.answering(prompt, routed, describer, nearest=True) & set(routed)), None)
+        if nearest is not None and store.expert(nearest).frozen:
+            return nearest
+        if not learning and DEFAULT_EXPERT not in routed and not store.expert(DEFAULT_EXPERT).frozen:
+            # away, but for adapters from elsewhere
+            return DEFAULT_EXPERT
         if (routes.drifted or not learning) and len(store.active) < self._config.max_active:
             return self._new_name()
         current = routes.newest if routes.newest in learning else (learning or routed or [DEFAULT_EXPERT])[-1]
-        prompt, describer = _prompt(record), self._updater.describer
-        assert describer is not None
-        nearest = next(iter(store.scope.answering(prompt, routed, describer, nearest=True)), current)
-        if nearest == current or store.expert(nearest).frozen:
-            return nearest
+        if nearest is None or nearest == current:
+            return current
         try:
             (known,) = yield from self._updater.look([Lesson(record["ids"], record["prompt_length"], again=False)],
                                                      nearest)
@@ -60,6 +69,13 @@ class Router:
             pass
         self._updater.ran_out()
         return current
+
+    def owner(self, record: Record) -> str | None:
+        """The served expert that has a sample at hand with the prompt of a record's, of the newest such sample."""
+        state, prompt = self._state, record["ids"][: record["prompt_length"]]
+        asked = [place.get(slot) for place in (state.ring, state.waiting) for slot in place.asking(prompt)]
+        served = [slot for slot in asked if slot.expert in state.store.active]
+        return max(served, key=lambda slot: slot.uid).expert if served else None
 
     def make(self, name: str) -> None:
         """Make the expert if there is none of this name; the samples since the drift began are its own from now on.
@@ -88,7 +104,7 @@ class Router:
         prompt: Sequence[int] | None = None
         for place in (state.ring, state.waiting):
             slot = place.find(number)
-            if slot is not None:
+            if slot is not None and place.get(slot).expert not in state.frozen:
                 place.hand_over(slot, name)
                 held = place.get(slot)
                 prompt = held.ids[: held.prompt_length].tolist()

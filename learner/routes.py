@@ -69,17 +69,19 @@ class Routes:
     def saw(self, expert: str, loss: float, number: int) -> Routes:
         """With a new sample of an expert, its loss before its update, and its number."""
         count, mean, spread = self.levels.get(expert, (0, loss, 0.0))
-        unit, above = max(spread, LEAST), 0.0
+        unit, surge, since = max(spread, LEAST), self.surge, self.since
+        # one with few samples says nothing of a drift
         if count >= KNOWN:
-            above = min(MOST, (loss - mean) / unit - SLACK)
+            surge = max(0.0, surge + min(MOST, (loss - mean) / unit - SLACK))
+            since = (*since, number)[-SINCE:]
             # what drifts away takes little of the level with it
             loss = min(loss, mean + FITS * unit)
-        surge, share = max(0.0, self.surge + above), 1 / min(count + 1, WINDOW)
+        share = 1 / min(count + 1, WINDOW)
         spread += share * (abs(loss - mean) - spread)
         levels = {**self.levels, expert: (count + 1, mean + share * (loss - mean), spread)}
         if not surge:
             return Routes(expert, levels, settled=levels)
-        return Routes(expert, levels, surge, (*self.since, number)[-SINCE:], self.settled)
+        return Routes(expert, levels, surge, since, self.settled)
 
     def begun(self, expert: str) -> Routes:
         """After a new expert was made: what has come since the drift began says nothing of the others."""

@@ -47,7 +47,8 @@ class Counters:
     Attributes:
         acknowledged: records of samples taken in, of every fate.
         learned: new samples that an update was made for.
-        rejected: refused by a guard, or unusable lines of a stream; each is counted once, however often it comes.
+        rejected: refused by a guard, or unusable lines of a stream; each is counted once, however often it comes. And
+            those of a frozen expert, each time.
         quarantined: kept for review, not trained on.
         updates: of all kinds, those included whose samples were all settled; they number the draws from the ring.
         gradients: gradient evaluations, one for each sample in each update.

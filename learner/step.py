@@ -57,7 +57,7 @@ def sample_gradients(
         activations: what is kept and what is computed again; the gradient is the same, bit for bit.
         layers: how many of the top decoder layers are trained, at least 1; None is all. Those below run without a
             graph, and the backward ends where they begin.
-        alone: the expert that computes, without the others that are served; None is all of them.
+        alone: the expert that computes, without the others that have a scope; None is all of them.
 
     Yields:
         The name of the unit that was just done.
@@ -143,9 +143,13 @@ def sample_readings(
 
 
 def _version(binding: Binding, alone: str | None) -> Served | None:
-    """What is served now, or one expert of it."""
+    """What is served now, or one expert of it with those that answer every prompt."""
     served = binding.current()
-    return served if served is None or alone is None else served.only((alone,))
+    if served is None or alone is None:
+        return served
+    names = served.scope.everywhere | {alone}
+    # which keeps it for the next group, and for requests
+    return served.only(names) if binding.gate is None else binding.gate.only(served, names)
 
 
 def _padded(samples: Sequence[tuple[Sequence[int], int]], device: torch.device) -> Tensor:

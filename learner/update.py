@@ -178,8 +178,9 @@ class Updater:
         draft = served = scope = None
         if refusal is None:
             draft = yield from self._draft(expert, proposal, offered)
-            # an expert that is not served yet is with its first update, though nothing else may come of this one
-            new = tuple(self.store.active) != self.store.served.experts
+            # what is computed with now: an expert that was activated or folded for this update is served with it,
+            # though nothing else may come of it
+            new = self.attachment.binding.current() is not self.store.served
             scope = self._scope(expert.name, lessons)
             opens = scope is not self.store.scope and self.attachment.binding.gate is not None
             if proposal is not None or draft.growth.admitted or new or opens:
@@ -209,6 +210,8 @@ class Updater:
                 if not lesson.again and lesson.refusal is None:
                     prompt = lesson.ids[: lesson.prompt_length] if lesson.asked is None else lesson.asked
                     scope = scope.learned(name, prompt, self.describer(prompt, [len(prompt)])[0])
+        if self.alone:
+            scope.warm_up()
         return scope
 
     def _built(self, draft: Draft, scope: Scope | None = None) -> Generator[str, None, Served]:

@@ -74,8 +74,8 @@ class Served:
     def only(self, names: Collection[str]) -> Served:
         """This version without the other experts, or on a GPU with their gates at 0.
 
-        There the matrices stay and the scales are new, which takes no memory. A CPU computes every column, so those of
-        the others are left out: with five experts an update at width 256 takes 1.2 times as long with them.
+        There the matrices stay and the scales are new, which takes hardly any memory. A CPU computes every column, so
+        those of the others are left out: with five experts an update at width 256 takes 1.2 times as long with them.
         """
         if set(self.experts).issubset(names):
             return self

@@ -199,6 +199,13 @@ class ReplayRing:
         found: list[int] = slots[(self._ids[slots, :prompt_length] == tokens[:prompt_length]).all(1)].tolist()
         return found
 
+    def asking(self, prompt: Sequence[int]) -> list[int]:
+        """Slots of the samples with this prompt."""
+        columns, length = self._columns, len(prompt)
+        slots = np.flatnonzero((columns["completion"] != 0) & (columns["prompt_length"] == length))
+        found: list[int] = slots[(self._ids[slots, :length] == np.asarray(prompt)).all(1)].tolist()
+        return found
+
     def find(self, uid: int) -> int | None:
         """Slot of the sample with this number, None if it is not in the ring."""
         return self._by_uid.get(uid)

@@ -150,6 +150,7 @@ def _window(text: Sequence[int], end: int) -> Sequence[int]:
 
 
 def _mean_nearest(distances: np.ndarray) -> float:
+    # of fewer prompts the mean of all, which may lie lower: a young expert is asked early
     return float(np.sort(distances)[:NEAREST].mean())
 
 
@@ -189,7 +190,7 @@ class Scope:
         end of a template or a question mark, the places of ids that learned prompts end with: the last `PLACES`.
 
         Args:
-            nearest: where one that has a scope does, the nearest of these in place of them.
+            nearest: where one that has a scope does, the nearest of these in place of them, at the last such place.
         """
         always = self.everywhere.intersection(experts)
         known = {name: self.experts[name] for name in experts if name in self.experts and name not in always}
@@ -200,10 +201,11 @@ class Scope:
         described = describe(ids, ends)
         if not nearest:
             return always.union(name for name, own in known.items() if own.holds(ids, ends, described))
-        places = {place for own in known.values() for place in own.alike(ids, ends, described)}
-        found = [pair for place in places
-                 for pair in self._distances(known, _window(ids, ends[place]), described[place])]
-        return always.union([min(found)[1]] if found else ())
+        place = max((place for own in known.values() for place in own.alike(ids, ends, described)), default=None)
+        if place is None:
+            return always
+        # the last one: earlier turns of a conversation may have been another's
+        return always | {min(self._distances(known, _window(ids, ends[place]), described[place]))[1]}
 
     def _distances(self, known: Mapping[str, Prompts], text: Sequence[int], described: Tensor
                    ) -> Iterator[tuple[float, str]]:
@@ -213,6 +215,10 @@ class Scope:
         for name, own in known.items():
             forms = own.distances(described[None])[0].numpy()
             yield _mean_nearest(words[places[name]]) + _mean_nearest(forms), name
+
+    def warm_up(self) -> None:
+        """Compute what the nearest is found with now, and not when the first request comes."""
+        _ = self._pool
 
     @cached_property
     def _pool(self) -> tuple[Words, dict[str, slice]]:

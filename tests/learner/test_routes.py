@@ -74,6 +74,13 @@ def test_each_expert_has_a_level_of_its_own() -> None:
     assert _seen([5.0] * 4, routes, expert="e").drifted and not _seen([5.0] * 4, routes, expert="f").drifted
 
 
+def test_an_expert_with_few_samples_leaves_a_drift_as_it_is() -> None:
+    routes = _seen([0.3] * 40 + [5.0] * 3)
+    young = _seen([0.2] * 10, routes, expert="f")
+    assert (young.surge, young.since) == (routes.surge, routes.since) and young.surge > 0
+    assert young.levels["f"][0] == 10 and "f" not in young.settled
+
+
 @given(st.lists(st.tuples(st.sampled_from("ef"), st.floats(0, 20)), max_size=100))
 def test_it_comes_back_from_json(losses: list[tuple[str, float]]) -> None:
     routes = Routes("e")

@@ -234,6 +234,13 @@ def test_where_any_answers_a_young_one_that_is_nearer_does(monkeypatch: pytest.M
     assert all(own == {"young"} for own in nearest)
 
 
+def test_the_last_question_decides() -> None:
+    scope = _three()
+    both = [*_question(1000, 0), *_question(1001, 1)]
+    assert scope.answering(both, "abc", _describe) >= {"a", "b"}
+    assert scope.answering(both, "abc", _describe, nearest=True) == {"b"}
+
+
 def test_an_adapter_from_elsewhere_answers_beside_the_nearest() -> None:
     scope = _three().opened("import")
     assert scope.answering(_question(1000, 0), ["a", "b", "import"], _describe, nearest=True) == {"a", "import"}
