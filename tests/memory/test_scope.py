@@ -236,7 +236,8 @@ def test_where_any_answers_a_young_one_that_is_nearer_does(monkeypatch: pytest.M
 
 def test_the_last_question_decides() -> None:
     scope = _three()
-    both = [*_question(1000, 0), *_question(1001, 1)]
+    # the second is long enough that the means are its own
+    both = [*_question(1000, 0), *_question(1001, 1, length=120)]
     assert scope.answering(both, "abc", _describe) >= {"a", "b"}
     assert scope.answering(both, "abc", _describe, nearest=True) == {"b"}
 
