@@ -57,7 +57,7 @@ def test_a_single_odd_sample_is_none() -> None:
 
 def test_a_drift_does_not_take_its_level_with_it() -> None:
     before, after = _seen([0.4] * 100), _seen([0.4] * 100 + [9.0] * 3)
-    assert after.levels["e"][1] < before.levels["e"][1] + 3 * FITS * 0.5 / 32 + 1e-9
+    assert after.levels["e"][1] < before.levels["e"][1] + 3 * FITS * 1.0 / 32 + 1e-9
 
 
 def test_of_an_expert_with_few_samples_nothing_is_known() -> None:
