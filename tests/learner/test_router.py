@@ -37,6 +37,14 @@ def _stream(*domains: int, count: int = 60) -> Iterator[Sample]:
     return (_sample(domain, 1000 * place + seed) for place, domain in enumerate(domains) for seed in range(count))
 
 
+def _killed_and_loaded(learner: StreamLearner, tiny_model: TinyModel, state_dir: Path) -> StreamLearner:
+    """From the folder as it is, without a last snapshot."""
+    learner.queue.applier.folder.close()
+    learner.queue.close()
+    learner.attachment.detach()
+    return StreamLearner.load_state(state_dir, tiny_model("llama", num_hidden_layers=1))
+
+
 def _answered(learner: StreamLearner, domain: int, name: str) -> float:
     prompts = [_prompt(domain, seed) for seed in range(9000, 9050)]
     return sum(learner.answering(list(prompt)) == (name,) for prompt in prompts) / 50
@@ -117,10 +125,7 @@ def test_a_killed_run_ends_as_the_other_one(make: MakeLearner, tiny_model: TinyM
     whole.learn_batch(samples)
     killed = make(state_dir=tmp_path / "state", **ROUTED)
     killed.learn_batch(samples[:stop])
-    killed.queue.applier.folder.close()
-    killed.queue.close()
-    killed.attachment.detach()
-    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    again = _killed_and_loaded(killed, tiny_model, tmp_path / "state")
     again.learn_batch(samples[stop:])
     assert again.experts == ("default", "default-2")
     assert again.state_sha256() == whole.state_sha256()
@@ -172,10 +177,7 @@ def test_without_memory_for_a_new_expert_the_old_one_goes_on_and_recovery_too(
     # by the next samples it knew enough of what was new
     assert learner.experts == ("default", "law")
     sha = learner.state_sha256()
-    learner.queue.applier.folder.close()
-    learner.queue.close()
-    learner.attachment.detach()
-    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    again = _killed_and_loaded(learner, tiny_model, tmp_path / "state")
     assert again.state_sha256() == sha
     again.close()
 
@@ -194,10 +196,7 @@ def test_a_frozen_expert_stays_and_says_so(make: MakeLearner, tiny_model: TinyMo
     assert learner.status()["frozen"] == ["default"]
     learner.save_state()
     sha = learner.state_sha256()
-    learner.queue.applier.folder.close()
-    learner.queue.close()
-    learner.attachment.detach()
-    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    again = _killed_and_loaded(learner, tiny_model, tmp_path / "state")
     assert again.state_sha256() == sha and again.status()["frozen"] == ["default"]
     again.unfreeze("default")
     again.save_state()
@@ -249,10 +248,7 @@ def test_with_nobody_to_rehearse_the_stream_goes_on(
     assert learner.learn_one(_sample(1, 0, expert="law")).status == "learned"
     assert learner.learn_one(_sample(1, 1, expert="law")).status == "learned"
     sha = learner.state_sha256()
-    learner.queue.applier.folder.close()
-    learner.queue.close()
-    learner.attachment.detach()
-    again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    again = _killed_and_loaded(learner, tiny_model, tmp_path / "state")
     assert again.state_sha256() == sha
     again.close()
 
