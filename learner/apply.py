@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ogpstream.learner import amendments
-from ogpstream.learner.amendments import expert_of
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
@@ -175,15 +174,15 @@ class Applier:
             if "route" not in record:
                 yield from self._routed(record, (yield from self.router.choose(record)))
             try:
-                self.router.make(expert_of(record))
-                return expert_of(record)
+                self.router.make(amendments.expert_of(record))
+                return amendments.expert_of(record)
             except torch.OutOfMemoryError:
                 # what was computed is held by the exception, so room is made after this block
                 pass
             self.updater.ran_out()
             _log.warning("out of memory for a new expert: %r goes on", self.state.routes.newest)
             yield from self._routed(record, self.state.routes.newest)
-        return expert_of(record)
+        return amendments.expert_of(record)
 
     def _is_routed(self, record: Record) -> bool:
         return self.config.routing == "prompt" and record["expert"] == DEFAULT_EXPERT
@@ -194,7 +193,7 @@ class Applier:
     def _contradicted(self, record: Record) -> list[int]:
         """Numbers of the samples with the prompt of a record's sample and another answer, of who answers it."""
         ids, length = record["ids"], record["prompt_length"]
-        experts = self.state.store.active if self._is_routed(record) else [expert_of(record)]
+        experts = self.state.store.active if self._is_routed(record) else [amendments.expert_of(record)]
         return sorted({place.get(slot).uid for place in self._rings for expert in experts
                        for slot in place.contradicting(ids, length, expert=expert)})
 
@@ -203,7 +202,7 @@ class Applier:
         repeats = _repeats(record)
         new = Lesson(record["ids"], record["prompt_length"], again=True)
         while 0 < self.state.position.done <= repeats:
-            update = yield from self._update(record, expert_of(record), [new])
+            update = yield from self._update(record, amendments.expert_of(record), [new])
             updates.append(update)
             self.recall.note_newest(update)
             # what comes after the last one has its number, whether or not all of them were made

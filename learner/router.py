@@ -41,15 +41,15 @@ class Router:
         newest sample, or knows what it learns here: a look tells. Else the one that learned the newest sample, since
         nobody knows yet which of them the prompts of a new domain will be nearest to.
         """
-        routes, store = self._state.routes, self._state.store
-        routed = [name for name in store.active if name not in store.scope.everywhere]
-        learning = [name for name in routed if not store.expert(name).frozen]
         owner = self.owner(record)
         if owner is not None:
             return owner
+        routes, store = self._state.routes, self._state.store
+        routed = [name for name in store.active if name not in store.scope.everywhere]
+        learning = [name for name in routed if not store.expert(name).frozen]
         prompt, describer = _prompt(record), self._updater.describer
         assert describer is not None
-        nearest = next(iter(store.scope.answering(prompt, routed, describer, nearest=True) & set(routed)), None)
+        nearest = next(iter(store.scope.answering(prompt, routed, describer, nearest=True)), None)
         if nearest is not None and store.expert(nearest).frozen:
             return nearest
         if not learning and DEFAULT_EXPERT not in routed and not store.expert(DEFAULT_EXPERT).frozen:

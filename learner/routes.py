@@ -20,7 +20,6 @@ FITS = 3.0
 # samples since a drift began that are remembered
 SINCE = 32
 
-
 # samples, mean and mean absolute deviation of their losses
 Level = tuple[int, float, float]
 

@@ -189,19 +189,14 @@ class ReplayRing:
 
     def contradicting(self, ids: Sequence[int], prompt_length: int, *, expert: str) -> list[int]:
         """Slots of an expert's samples that give another completion to the same prompt, in one look at all of them."""
-        if expert not in self._experts:
-            return []
-        tokens, columns = np.asarray(ids), self._columns
-        # 0 is the completion of a free slot
-        others = (columns["completion"] != 0) & (columns["completion"] != _hash(tokens[prompt_length:]))
-        alike = (columns["prompt_length"] == prompt_length) & (columns["expert"] == self._experts.index(expert))
-        slots = np.flatnonzero(others & alike)
-        found: list[int] = slots[(self._ids[slots, :prompt_length] == tokens[:prompt_length]).all(1)].tolist()
-        return found
+        completion, columns = _hash(np.asarray(ids)[prompt_length:]), self._columns
+        return [slot for slot in self.asking(ids[:prompt_length])
+                if self._experts[columns["expert"][slot]] == expert and columns["completion"][slot] != completion]
 
     def asking(self, prompt: Sequence[int]) -> list[int]:
-        """Slots of the samples with this prompt."""
+        """Slots of the samples with this prompt, in one look at all of them."""
         columns, length = self._columns, len(prompt)
+        # 0 is the completion of a free slot
         slots = np.flatnonzero((columns["completion"] != 0) & (columns["prompt_length"] == length))
         found: list[int] = slots[(self._ids[slots, :length] == np.asarray(prompt)).all(1)].tolist()
         return found
