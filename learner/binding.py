@@ -110,7 +110,7 @@ class Binding:
         if pin is not None and pin.shares is not None:
             return pin.shares
         served = self.served if pin is None else pin.served
-        return () if served is None else (Share(served),)
+        return () if served is None else tuple(map(Share, served.each))
 
     def _pin(self) -> _Pin | None:
         return next((pin for pin in reversed(_pins.get()) if pin.binding is self), None)

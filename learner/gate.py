@@ -81,13 +81,13 @@ class Gate:
         """
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or "cu_seq_lens_q" in inputs:
-            return (Share(served),), None
+            return tuple(map(Share, served.each)), None
         cache = inputs.get("past_key_values")
         length = 0 if cache is None else int(cache.get_seq_length())
         if length:
             before: Found | None = getattr(cache, _FOUND, None)
             if before is None:
-                return (Share(served),), None
+                return tuple(map(Share, served.each)), None
             found = self._goes_on(served, before.repeated(len(ids)), ids, length)
         else:
             texts = _texts(ids, inputs.get("attention_mask"))
@@ -124,7 +124,7 @@ class Gate:
     def of(self, served: Served, answering: frozenset[str]) -> tuple[Share, ...]:
         """What all rows are computed with where these experts answer each."""
         one = self.only(served, answering)
-        return () if one is None else (Share(one),)
+        return () if one is None else tuple(map(Share, one.each))
 
     def _goes_on(self, served: Served, before: Found, ids: Tensor, length: int) -> Found:
         """Of ids behind a cache: its rows' kind, and that of what came since."""
@@ -160,7 +160,7 @@ class Gate:
             one = self.only(served, kind)
             if one is not None:
                 rows = torch.tensor([own == kind for own in answering], device=device)
-                shares.append(Share(one, rows[:, None, None]))
+                shares += [Share(part, rows[:, None, None]) for part in one.each]
         return tuple(shares)
 
 

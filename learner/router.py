@@ -1,8 +1,7 @@
 """Which expert learns a sample that names none: the one that would answer its prompt, or a new one after a drift.
 
-Losses tell a drift: with a domain well known new samples of it have 0.3 to 0.5 nats per token before their update, the
-first ones of another domain 3 to 6. A cumulative sum (Page 1954, Biometrika 41) of how far they lie above the level of
-their expert passes its limit four to ten samples after the change.
+Losses tell a drift (`routes.py`): with a domain well known new samples of it have 0.3 to 0.5 nats per token before
+their update, the first ones of another domain 3 to 6.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.folder import Record
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.operations import Operations
+from ogpstream.learner.routes import FITS, WELL
 from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
+from ogpstream.memory.replay import Slot
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class Router:
         """The expert for a record's sample; a name that is not known yet is that of one to be made.
 
         One that has learned this prompt, which is corrected then; a frozen one that answers it. After a drift a new
-        one, where a place is free. Else the one that would answer the prompt, where it is the one that learned the
-        newest sample, or knows what it learns here: a look tells. Else the one that learned the newest sample, since
-        nobody knows yet which of them the prompts of a new domain will be nearest to.
+        one, where a place is free. Else the one that learned the newest sample, since nobody knows yet which of them
+        the prompts of a new domain will be likest to; but the one that would answer the prompt, where it knows what
+        there is to learn, and better than that one: looks tell.
         """
         owner = self.owner(record)
         if owner is not None:
@@ -60,10 +61,14 @@ class Router:
         current = routes.newest if routes.newest in learning else (learning or routed or [DEFAULT_EXPERT])[-1]
         if nearest is None or nearest == current:
             return current
+        lesson = [Lesson(record["ids"], record["prompt_length"], again=False)]
         try:
-            (known,) = yield from self._updater.look([Lesson(record["ids"], record["prompt_length"], again=False)],
-                                                     nearest)
-            return nearest if routes.fits(nearest, known.loss) else current
+            (known,) = yield from self._updater.look(lesson, nearest)
+            # while one is young, what is like the others on the outside is most likely its own
+            if not routes.fits(nearest, known.loss, WELL if routes.is_young(current) else FITS):
+                return current
+            (other,) = yield from self._updater.look(lesson, current)
+            return nearest if known.loss < other.loss else current
         except torch.OutOfMemoryError:
             # what was computed is held by the exception, so room is made after this block
             pass
@@ -101,15 +106,16 @@ class Router:
         """A sample that is at hand becomes one of another expert, which answers its prompt."""
         state, describer = self._state, self._updater.describer
         assert describer is not None
-        prompt: Sequence[int] | None = None
+        moved: Slot | None = None
         for place in (state.ring, state.waiting):
             slot = place.find(number)
             if slot is not None and place.get(slot).expert not in state.frozen:
+                moved = place.get(slot)
                 place.hand_over(slot, name)
-                held = place.get(slot)
-                prompt = held.ids[: held.prompt_length].tolist()
-        if prompt is not None:
-            state.store.scope = state.store.scope.learned(name, prompt, describer(prompt, [len(prompt)])[0])
+        if moved is not None:
+            prompt = moved.ids[: moved.prompt_length].tolist()
+            described = describer(prompt, [len(prompt)])[0]
+            state.store.scope = state.store.scope.handed_over(prompt, described, moved.expert, name)
 
     def _new_name(self) -> str:
         names, number = self._state.store.names, 2

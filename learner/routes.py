@@ -1,27 +1,29 @@
-"""How well the experts know what they are given, sample by sample, and whether that has changed."""
+"""How well the experts know what they are given, sample by sample, and whether that has changed.
+
+A loss is judged by its rank among the latest losses of its expert, so that no shape of their distribution is assumed:
+where nothing has changed, p, the share of them that are at least as high, is uniform in (0, 1]. A cumulative sum (Page
+1954, Biometrika 41) of -log p less a slack then seldom passes its limit, and more seldom while losses fall.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# samples of an expert from which on its level says something
-KNOWN = 16
-# samples that a level is the running mean of
-WINDOW = 32
-# a loss counts by how many mean deviations it lies above its level, less the slack, and at most so much, so that three
-# odd samples are none; a deviation is this many nats at least. In the losses of one learner on three streams of 5, 5
-# and 8 domains the 15 changes were all noticed, after 4 to 10 samples, and nothing else; with half a nat and a limit of
-# 12 one of them was not
-LEAST, SLACK, MOST, LIMIT = 1.0, 1.0, 3.0, 10.0
-# deviations up to which a sample is one of what an expert knows, and up to which it counts for its level
-FITS = 3.0
+# latest losses of an expert that are remembered, and how many of them say something
+WINDOW, KNOWN = 48, 32
+# nats; the limit is reached by chance once in 36,000 samples, and after 6 of another domain that are all higher than
+# the 48 before. With a slack of 1.5 it is 3 to 7 times; with 2 a domain that follows 60 samples of one that is only
+# half learned is noticed after 40 samples or not at all, and now after 20
+SLACK, LIMIT = 1.75, 11.0
+# p from which on a sample is one of what an expert knows; and one that it knows as well as the half of them
+FITS, WELL = 0.05, 0.5
 # samples since a drift began that are remembered
 SINCE = 32
 
-# samples, mean and mean absolute deviation of their losses
-Level = tuple[int, float, float]
+Losses = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -30,59 +32,70 @@ class Routes:
 
     Attributes:
         newest: the expert that learned the newest sample.
-        levels: by expert, of the losses of its samples before their own update, in nats.
-        surge: sum of how far losses lay above their level, in deviations, since they began to.
-        since: numbers of the samples since then, the latest ones.
-        settled: the levels of before.
+        losses: by expert, of its latest samples before their own update, in nats per token.
+        surge: the cumulative sum.
+        since: numbers of the samples that raised it since it was 0, the latest ones.
+        settled: the losses of then, by which later ones are judged.
     """
 
     newest: str
-    levels: Mapping[str, Level] = field(default_factory=dict)
+    losses: Mapping[str, Losses] = field(default_factory=dict)
     surge: float = 0.0
     since: tuple[int, ...] = ()
-    settled: Mapping[str, Level] = field(default_factory=dict)
+    settled: Mapping[str, Losses] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        levels, settled = ({name: list(level) for name, level in levels.items()}
-                           for levels in (self.levels, self.settled))
-        return {"newest": self.newest, "levels": levels, "surge": self.surge, "since": list(self.since),
+        losses, settled = ({name: list(own) for name, own in known.items()} for known in (self.losses, self.settled))
+        return {"newest": self.newest, "losses": losses, "surge": self.surge, "since": list(self.since),
                 "settled": settled}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Routes:
         """What `to_dict` gave."""
-        levels, settled = ({name: (int(count), float(mean), float(spread))
-                            for name, (count, mean, spread) in values[key].items()} for key in ("levels", "settled"))
-        return cls(str(values["newest"]), levels, float(values["surge"]), tuple(map(int, values["since"])), settled)
+        losses, settled = ({name: tuple(map(float, own)) for name, own in values[key].items()}
+                           for key in ("losses", "settled"))
+        return cls(str(values["newest"]), losses, float(values["surge"]), tuple(map(int, values["since"])), settled)
 
     @property
     def drifted(self) -> bool:
         """What comes is not what it was."""
         return self.surge >= LIMIT
 
-    def fits(self, expert: str, loss: float) -> bool:
-        """Whether an expert knows such samples as well as its own; nothing is known of one with few."""
-        count, mean, spread = self.levels.get(expert, (0, 0.0, 0.0))
-        return count < KNOWN or loss <= mean + FITS * max(spread, LEAST)
+    def is_young(self, expert: str) -> bool:
+        """Whether an expert has so few samples that their losses say nothing."""
+        return len(self.settled.get(expert, ())) < KNOWN
+
+    def fits(self, expert: str, loss: float, least: float = FITS) -> bool:
+        """Whether an expert knows such samples as it knew its own; nothing is known of a young one.
+
+        Args:
+            least: p from which on it does.
+        """
+        return self.is_young(expert) or _chance(self.settled[expert], loss) >= least
 
     def saw(self, expert: str, loss: float, number: int) -> Routes:
         """With a new sample of an expert, its loss before its update, and its number."""
-        count, mean, spread = self.levels.get(expert, (0, loss, 0.0))
-        unit, surge, since = max(spread, LEAST), self.surge, self.since
+        losses = {**self.losses, expert: (*self.losses.get(expert, ()), loss)[-WINDOW:]}
         # one with few samples says nothing of a drift
-        if count >= KNOWN:
-            surge = max(0.0, surge + min(MOST, (loss - mean) / unit - SLACK))
-            since = (*since, number)[-SINCE:]
-            # what drifts away takes little of the level with it
-            loss = min(loss, mean + FITS * unit)
-        share = 1 / min(count + 1, WINDOW)
-        spread += share * (abs(loss - mean) - spread)
-        levels = {**self.levels, expert: (count + 1, mean + share * (loss - mean), spread)}
+        surge, since = self.surge, self.since
+        if self.drifted:
+            # nothing came of it, since there was no place for another expert: so it is what is
+            surge = 0.0
+        elif not self.is_young(expert):
+            step = -math.log(_chance(self.settled[expert], loss)) - SLACK
+            surge = max(0.0, surge + step)
+            # what is known is of the old domain
+            since = (*since, number)[-SINCE:] if step > 0 else since
         if not surge:
-            return Routes(expert, levels, settled=levels)
-        return Routes(expert, levels, surge, since, self.settled)
+            return Routes(expert, losses, settled=losses)
+        return Routes(expert, losses, surge, since, self.settled)
 
     def begun(self, expert: str) -> Routes:
         """After a new expert was made: what has come since the drift began says nothing of the others."""
         return Routes(expert, self.settled, settled=self.settled)
+
+
+def _chance(known: Losses, loss: float) -> float:
+    """p: of a new loss and the known ones, the share that are at least as high."""
+    return (1 + sum(other >= loss for other in known)) / (1 + len(known))

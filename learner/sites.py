@@ -64,11 +64,10 @@ class AdaptedLinear(LoraLinear):
         if not shares:
             result: Tensor = self.base_layer(x)
         elif torch.is_grad_enabled() and x.requires_grad:
-            (pack, rows), *others = shares
-            if others or rows is not None:
+            if any(rows is not None for _, rows in shares):
                 raise StateError("a batch of prompts that different experts answer has no gradient: pass them one by "
                                  "one, or set served_to to 'all'")
-            result = _Adapted.apply(x, self, pack, self.binding.sinks)
+            result = _Adapted.apply(x, self, [pack for pack, _ in shares], self.binding.sinks)
         else:
             result = self.frozen(x)
             for pack, rows in shares:
@@ -76,10 +75,11 @@ class AdaptedLinear(LoraLinear):
                 self.add(x if rows is None else x * rows, pack, result)
         return result
 
-    def adapt(self, x: Tensor, pack: Pack) -> tuple[Tensor, Tensor]:
-        """y `[..., D_out]`, and h `[T, R]` for the backward."""
+    def adapt(self, x: Tensor, packs: Sequence[Pack]) -> tuple[Tensor, Tensor]:
+        """y `[..., D_out]`, and h `[T, R]` of the first pack for the backward."""
         y = self.frozen(x)
-        return y, self.add(x, pack, y)
+        h, *_ = [self.add(x, pack, y) for pack in packs]
+        return y, h
 
     def frozen(self, x: Tensor) -> Tensor:
         """The frozen linear of x, to be written to."""
@@ -104,31 +104,35 @@ class _Adapted(torch.autograd.Function):
     """Keeps x itself (no wider copy) and the narrow h between forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: AdaptedLinear, pack: Pack, sinks: tuple[GradientSink, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, site: AdaptedLinear, packs: list[Pack], sinks: tuple[GradientSink, ...]) -> Tensor:
         for sink in sinks:
-            if sink.trained not in pack.trained:
+            # the first one is the one that is trained; all sinks are of one expert
+            packs = sorted(packs, key=lambda pack: sink.trained not in pack.trained)
+            if sink.trained not in packs[0].trained:
                 raise StateError(f"expert {sink.trained!r} is not in the served version: activate it to train it")
-        y, h = site.adapt(x, pack)
+        y, h = site.adapt(x, packs)
         ctx.save_for_backward(x, *((h,) if sinks else ()))
-        ctx.site, ctx.pack, ctx.sinks = site, pack, sinks
+        ctx.site, ctx.packs, ctx.sinks = site, packs, sinks
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x, *h), site, pack, sinks = ctx.saved_tensors, ctx.site, ctx.pack, ctx.sinks
+        (x, *h), site, packs, sinks = ctx.saved_tensors, ctx.site, ctx.packs, ctx.sinks
         g = grad.reshape(-1, grad.shape[-1])
         rows = x.reshape(-1, x.shape[-1])
-        base_dx = site.base_input_gradient(g)
-        if not sinks:
+        dx = site.base_input_gradient(g)
+        for pack in packs[1:] if sinks else packs:
             # no trained column: the products for dA and dB are empty
-            _, _, dx = dispatch.lora_backward(rows, g, pack.A, pack.B, pack.scale, trained=slice(0, 0), base_dx=base_dx)
+            _, _, dx = dispatch.lora_backward(rows, g, pack.A, pack.B, pack.scale, trained=slice(0, 0), base_dx=dx)
+        if not sinks:
             return dx.view(x.shape), None, None, None
+        pack = packs[0]
         # the rows of each sample of the batch lie together, and the sinks are all of one expert
         # a backend may make dx of each sample before that of all
         with learning_state(but=(rows.nbytes, rows.nbytes // len(sinks))):
             parts, dx = dispatch.lora_backward_samples(rows, g, pack.A, pack.B, pack.scale, len(sinks), h=h[0],
-                                                       trained=pack.trained[sinks[0].trained], base_dx=base_dx)
+                                                       trained=pack.trained[sinks[0].trained], base_dx=dx)
             for sink, (dA, dB) in zip(sinks, parts, strict=True):
                 sink.add(site.index, dA, dB)
         return dx.view(x.shape), None, None, None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ogpstream.learner.sites import Attachment
 
-FORMAT = 6
+FORMAT = 7
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 # latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
@@ -100,6 +100,7 @@ class LearnerState:
         return cls(
             AdapterStore(shapes, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
                          serve_dtype=model.dtype, device=model.device, max_active=config.max_active,
+                         apart=config.routing == "prompt",
                          # 16 columns are the least that tensor cores multiply
                          multiple=1 if model.device.type == "cpu" else 16),
             Protection(shapes, config),

@@ -16,6 +16,7 @@ import math
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from operator import is_
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ class Pack:
 
 @dataclass(frozen=True)
 class Served:
-    """One published version: a pack per site, on the serving device; `made_of` tells the next one what to copy anew."""
+    """One published version: a pack per site, on the serving device; `made_of` tells the next one what to copy anew.
+
+    Where experts are kept apart, one of several has no packs but `parts`, versions of one expert each. What they add is
+    summed up, and the next version has those parts again that stay as they are.
+    """
 
     version: int
     experts: tuple[str, ...]
@@ -70,6 +75,19 @@ class Served:
     packs: tuple[Pack, ...]
     made_of: Sources | None = field(default=None, repr=False, compare=False)
     scope: Scope = field(default_factory=Scope, repr=False, compare=False)
+    parts: tuple[Served, ...] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def each(self) -> tuple[Served, ...]:
+        """Versions with packs that together are this one."""
+        return (self,) if self.parts is None else self.parts
+
+    def is_of(self, expert: Expert, gate: float) -> bool:
+        """Whether this version of one expert was made of what it is now."""
+        if self.made_of is None or self.gates != (gate,):
+            return False
+        ((factors, held),) = self.made_of.experts
+        return factors is expert.factors and all(map(is_, held, expert.held))
 
     def only(self, names: Collection[str]) -> Served:
         """This version without the other experts, or on a GPU with their gates at 0.
@@ -79,6 +97,10 @@ class Served:
         """
         if set(self.experts).issubset(names):
             return self
+        if self.parts is not None:
+            parts = tuple(part for part in self.parts if part.experts[0] in names)
+            return replace(self, experts=tuple(part.experts[0] for part in parts),
+                           gates=tuple(part.gates[0] for part in parts), parts=parts)
         assert self.made_of is not None
         ranks = [columns.stop - columns.start for columns in self.packs[0].trained.values()]
         cut = self.packs[0].A.device.type == "cpu"
@@ -124,6 +146,8 @@ class AdapterStore:
         serve_dtype: of the served copies; the masters' dtype if None.
         device: where the served copies live; masters stay in host RAM.
         max_active: experts that are served at once; one more makes the least recently activated leave.
+        apart: an expert has packs of its own, so that a version that changes one of them takes no copy of the others.
+            Else they lie side by side, so that one product computes them all.
         multiple: R of every pack is rounded up to a multiple of it with columns of zeros, so that a few compiled
             kernels serve all ranks that folds come to.
 
@@ -139,6 +163,7 @@ class AdapterStore:
         serve_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         max_active: int = 2,
+        apart: bool = False,
         multiple: int = 1,
     ) -> None:
         if max_active < 1 or multiple < 1:
@@ -147,7 +172,7 @@ class AdapterStore:
         self.dtype = dtype
         self.serve_dtype = serve_dtype or dtype
         self.device = torch.device(device)
-        self.max_active = max_active
+        self.max_active, self.apart = max_active, apart
         self.multiple = multiple
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
@@ -286,6 +311,23 @@ class AdapterStore:
         Yields:
             After the allocation, and after every few sites.
         """
+        number = self.served.version + 1 if version is None else version
+        before = {part.experts: part for part in self.served.each}
+        if not self.apart or len(active) < 2:
+            packs, made_of = yield from self._side_by_side(active, experts, before.get(tuple(active)))
+            return Served(number, tuple(active), tuple(active.values()), packs, made_of, scope or self.scope)
+        parts = []
+        for name, gate in active.items():
+            part = before.get((name,))
+            if part is None or not part.is_of(experts[name], gate):
+                packs, made_of = yield from self._side_by_side({name: gate}, experts, part)
+                part = Served(number, (name,), (gate,), packs, made_of)
+            parts.append(part)
+        return Served(number, tuple(active), tuple(active.values()), (), None, scope or self.scope, tuple(parts))
+
+    def _side_by_side(self, active: Mapping[str, float], experts: Mapping[str, Expert], last_one: Served | None
+                      ) -> Generator[None, None, tuple[tuple[Pack, ...], Sources]]:
+        """Packs of all these experts; `last_one` has them as they were."""
         parts = [experts[name] for name in active]
         room, ranks = self.reserve(parts), self._ranks(parts)
         yield
@@ -294,7 +336,7 @@ class AdapterStore:
         starts = self._starts(ranks)
         slab = room.slab[: starts[-1]]
         made_of = Sources(dict(active), slab, [(expert.factors, list(expert.held)) for expert in parts])
-        before = self.served.made_of
+        before = None if last_one is None else last_one.made_of
         if before is not None and not before.fits(made_of):
             before = None
         scales: dict[tuple[int, ...], Tensor] = {}
@@ -336,8 +378,7 @@ class AdapterStore:
             # readers on other streams must not see a slab whose copies are still queued on this one
             torch.cuda.current_stream(self.device).synchronize()
         yield
-        number = self.served.version + 1 if version is None else version
-        return Served(number, tuple(active), tuple(active.values()), tuple(packs), made_of, scope or self.scope)
+        return tuple(packs), made_of
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All experts and the active set as (named tensors, JSON-able rest); the tensors are not copied."""

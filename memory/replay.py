@@ -18,6 +18,10 @@ from ogpstream.memory.pinned import host_zeros
 Keep = Literal["recent", "reservoir", "balanced"]
 Draw = Literal["uniform", "loss", "gradient_norm"]
 
+# part of the ring that all experts share evenly, whatever comes: with five of them and 128 slots 6 for each
+_REST = 0.25
+# share of the newest samples that an expert counts for at least
+_LEAST = 1e-9
 # a priority counts for a tenth of the mean or more, so that every sample keeps 1/11 of its uniform chance
 _FLOOR = 0.1
 _DRAWS, _RESERVOIR = 1, 2
@@ -68,8 +72,10 @@ class ReplayRing:
         keep: a full ring overwrites its oldest sample ("recent"); or holds a uniform sample of all that were
             ever offered ("reservoir", Vitter's Algorithm R); or gives different completions equal room
             ("balanced"): class-balancing reservoir sampling (Chrysakis and Moens 2020), with the completion as the
-            class, which is a reservoir where no completion comes twice.
-        draw: chance of a sample to be drawn: equal, or in proportion to its last loss or gradient norm.
+            class, which is a reservoir where no completion comes twice. That is within an expert: of several each has
+            room by its share of the newest samples, since what no update reaches needs no rehearsal.
+        draw: chance of a sample to be drawn: equal, or in proportion to its last loss or gradient norm; and of the
+            samples of an expert together, its share of the newest samples.
         seed: of the draws and of the reservoir.
 
     Raises:
@@ -105,9 +111,13 @@ class ReplayRing:
         # torch's unsigned integers have few operations; numpy's view of the same memory has all
         self._ids = self.storage.numpy()
         self._columns = {key: np.zeros(capacity, dtype) for key, dtype in _COLUMNS.items()}
-        # of each used slot: samples in the ring that have its completion
+        # of each used slot: samples of its expert in the ring that have its completion
         self._alike = np.zeros(capacity, np.int64)
         self._experts: list[str] = []
+        # of each of them: samples that were offered, and how many of the newest, by a mean that fades over as many
+        # samples as there are slots
+        self._offered: list[int] = []
+        self._recent: list[float] = []
         # the keys are the used slots, the oldest first: unlike a dict, O(1) at both ends
         self._order: OrderedDict[int, None] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
@@ -147,21 +157,23 @@ class ReplayRing:
         if not 0 <= uid <= _INT64_MAX or uid in self._by_uid:
             raise ValueError(f"uid {uid} is in the ring already or outside int64: number each sample once")
         self.seen += 1
-        completion = _hash(tokens[prompt_length:])
-        # wiped with their slots, so that no unused one matches
-        alike = np.flatnonzero(self._columns["completion"] == completion)
+        completion, owner = _hash(tokens[prompt_length:]), self._number(expert)
+        self._recent = [share * (1 - 1 / self.capacity) for share in self._recent]
+        self._recent[owner] += 1 / self.capacity
+        self._offered[owner] += 1
+        alike = self._group(completion, owner)
         offered = 1 + int(self._columns["offered"][alike].max(initial=0))
         self._columns["offered"][alike] = offered
-        slot = self._free.pop() if self._free else self._giving_way(alike, offered)
+        slot = self._free.pop() if self._free else self._giving_way(owner, alike, offered)
         if slot is None:
             return None
         if slot in self._order:
             self._forget(slot)
-        values = (len(tokens), prompt_length, self._number(expert), uid, np.nan, np.nan, 0, 0, completion,
+        values = (len(tokens), prompt_length, owner, uid, np.nan, np.nan, 0, 0, completion,
                   offered)
         for key, value in zip(_COLUMNS, values, strict=True):
             self._columns[key][slot] = value
-        self._count(completion)
+        self._count(completion, owner)
         self._ids[slot, : len(tokens)] = tokens
         self._order[slot] = None
         self._by_uid[uid] = slot
@@ -237,7 +249,16 @@ class ReplayRing:
             ValueError: the slot is empty.
         """
         self._check_used(slot)
-        self._columns["expert"][slot] = self._number(expert)
+        columns, owner = self._columns, self._number(expert)
+        completion, before = int(columns["completion"][slot]), int(columns["expert"][slot])
+        columns["expert"][slot] = owner
+        self._offered[before] -= 1
+        self._offered[owner] += 1
+        moved = min(self._recent[before], 1 / self.capacity)
+        self._recent[before] -= moved
+        self._recent[owner] += moved
+        for number in (before, owner):
+            self._count(completion, number)
 
     def pending(self) -> list[int]:
         """Slots of the samples not rehearsed yet, the oldest first."""
@@ -262,7 +283,7 @@ class ReplayRing:
         if but:
             left_out = [number for number, name in enumerate(self._experts) if name in but]
             used = used[~np.isin(self._columns["expert"][used], left_out)]
-        weights = self._weights(used)
+        weights = self._weights(used) * self._chances(used)
         source = self._random(_DRAWS, counter)
         drawn = []
         for _ in range(min(n, len(used))):
@@ -299,6 +320,8 @@ class ReplayRing:
             "vocab_size": self.vocab_size,
             "seen": self.seen,
             "experts": list(self._experts),
+            "offered": list(self._offered),
+            "recent": list(self._recent),
         }
         return tensors, meta
 
@@ -318,12 +341,14 @@ class ReplayRing:
         columns = {key: tensors[key].numpy() for key in _COLUMNS}
         ids = tensors["ids"].numpy()
         experts = [str(name) for name in meta["experts"]]
+        counts, recent = list(map(int, meta["offered"])), list(map(float, meta["recent"]))
         longest = int(columns["length"].max(initial=0))
         if (
             ids.shape != (len(order), longest)
             or any(column.shape != (len(order),) for column in columns.values())
             or longest > self.slot_tokens
             or len(set(columns["uid"].tolist())) != len(order)
+            or not len(counts) == len(recent) == len(experts)
             or not all(0 <= expert < len(experts) for expert in columns["expert"].tolist())
         ):
             raise ValueError("the saved ring is damaged: its rows do not fit together; load an older state")
@@ -332,10 +357,12 @@ class ReplayRing:
         self._ids[order, :longest] = ids
         for key, column in columns.items():
             self._columns[key][order] = column
-        _, groups, sizes = np.unique(columns["completion"], return_inverse=True, return_counts=True)
+        kinds = np.stack([columns["completion"], columns["expert"].astype(np.int64)], 1)
+        _, groups, sizes = np.unique(kinds, axis=0, return_inverse=True, return_counts=True)
         self._alike[:] = 0
         self._alike[order] = sizes[groups]
         self._experts, self._free, self.seen = experts, free, int(meta["seen"])
+        self._offered, self._recent = counts, recent
         self._order = OrderedDict.fromkeys(order)
         self._by_uid = dict(zip(columns["uid"].tolist(), order, strict=True))
 
@@ -357,42 +384,72 @@ class ReplayRing:
         if slot not in self._order:
             raise ValueError(f"slot {slot} of the replay ring is empty")
 
-    def _giving_way(self, alike: np.ndarray, offered: int) -> int | None:
+    def _giving_way(self, owner: int, alike: np.ndarray, offered: int) -> int | None:
         """The slot of a full ring that the newest sample takes, or None.
 
         Args:
-            alike: slots of samples with its completion, of which it is number `offered`.
+            owner: number of its expert, whose sample it is number `self._offered[owner]` of.
+            alike: slots of that expert's samples with its completion, of which it is number `offered`.
         """
         if self.keep == "recent":
             return next(iter(self._order))
         source = self._random(_RESERVOIR, self.seen)
-        if self.keep == "balanced":
-            most = int(self._alike.max())
-            if len(alike) == most:
-                # a reservoir among those of its completion
-                place = _below(source, offered)
-                return int(alike[place]) if place < most else None
-            if most > 1:
-                crowd = np.flatnonzero(self._alike == most)
-                return int(crowd[_below(source, len(crowd))])
-        slot = _below(source, self.seen)
-        return slot if slot < self.capacity else None
+        if self.keep == "reservoir":
+            slot = _below(source, self.seen)
+            return slot if slot < self.capacity else None
+        crowded = self._crowded(owner)
+        own = np.flatnonzero(self._columns["expert"] == crowded)
+        most = int(self._alike[own].max())
+        if crowded == owner and len(alike) == most:
+            # a reservoir among those of its completion
+            place = _below(source, offered)
+            return int(alike[place]) if place < most else None
+        if crowded == owner and most == 1:
+            place = _below(source, self._offered[owner])
+            return int(own[place]) if place < len(own) else None
+        crowd = own[self._alike[own] == most]
+        return int(crowd[_below(source, len(crowd))])
+
+    def _crowded(self, owner: int) -> int:
+        """The expert that is furthest above its room in a full ring, once another sample of `owner` is in it."""
+        held = np.bincount(self._columns["expert"], minlength=len(self._experts)).astype(float)
+        held[owner] += 1
+        # of those that are gone from the ring none is in it to give way
+        recent = np.where(held > 0, np.maximum(self._recent, _LEAST), 0.0)
+        shares = (1 - _REST) * recent / recent.sum() + _REST * (held > 0) / np.count_nonzero(held)
+        return int((held - shares * self.capacity).argmax())
+
+    def _chances(self, slots: np.ndarray) -> np.ndarray:
+        """Relative chances `[n]` that give the samples of each expert together its share of the newest ones."""
+        owners = self._columns["expert"][slots]
+        held = np.bincount(owners, minlength=len(self._experts))
+        if np.count_nonzero(held) < 2:
+            return np.ones(len(slots))
+        return (np.maximum(self._recent, _LEAST) / np.maximum(held, 1))[owners]
 
     def _number(self, expert: str) -> int:
         if expert not in self._experts:
             self._experts.append(expert)
+            self._offered.append(0)
+            self._recent.append(0.0)
         return self._experts.index(expert)
+
+    def _group(self, completion: int, owner: int) -> np.ndarray:
+        """Slots of an expert's samples with a completion."""
+        # wiped with their slots, so that no unused one matches
+        return np.flatnonzero((self._columns["completion"] == completion) & (self._columns["expert"] == owner))
 
     def _forget(self, slot: int) -> None:
         del self._order[slot]
         del self._by_uid[int(self._columns["uid"][slot])]
         self._ids[slot] = 0
-        completion, self._columns["completion"][slot], self._alike[slot] = self._columns["completion"][slot], 0, 0
-        self._count(completion)
+        completion, owner = int(self._columns["completion"][slot]), int(self._columns["expert"][slot])
+        self._columns["completion"][slot] = self._alike[slot] = 0
+        self._count(completion, owner)
 
-    def _count(self, completion: int) -> None:
-        """Note how many samples have a completion now."""
-        slots = np.flatnonzero(self._columns["completion"] == completion)
+    def _count(self, completion: int, owner: int) -> None:
+        """Note how many samples of an expert have a completion now."""
+        slots = self._group(completion, owner)
         self._alike[slots] = len(slots)
 
     def _weights(self, slots: np.ndarray) -> np.ndarray:

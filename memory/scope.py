@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ogpstream.memory.grams import Grams, likelihoods
 from ogpstream.memory.words import WINDOW, Words
 
 # prompts that an expert remembers; then the two nearest become one: 4 MB in a snapshot at width 2048
@@ -51,10 +51,6 @@ SHARE, SLACK = 0.99, 1.1
 SAME = 2e-3
 # places in a text that are looked at for the end of a prompt
 PLACES = 64
-# learned prompts of an expert, those nearest to a text, whose mean distance tells how near it is: of test prompts of
-# five domains of intents .955 are nearest to their own, by the nearest one alone .920, by 20 .950
-NEAREST = 10
-
 # unit rows `[len(ends), width]` for the first `ends` of some ids
 Describe = Callable[[Sequence[int], Sequence[int]], Tensor]
 
@@ -68,6 +64,7 @@ class Prompts:
         counts: prompts that each row is the mean of.
         nearest: distance of each row to the nearest other one.
         words: what they consist of.
+        grams: how often each id and pair of ids occurs in them.
         closing: ids that prompts ended with.
     """
 
@@ -75,6 +72,7 @@ class Prompts:
     counts: Tensor
     nearest: Tensor
     words: Words = field(default_factory=Words.empty)
+    grams: Grams = field(default_factory=Grams.empty)
     closing: frozenset[int] = frozenset()
 
     @classmethod
@@ -98,20 +96,22 @@ class Prompts:
 
     def learned(self, prompt: Sequence[int], described: Tensor) -> Prompts:
         """With one more prompt, by its ids and its description `[width]`."""
-        words, closing = self.words.learned(prompt), self.closing | {prompt[-1]}
+        words, grams = self.words.learned(prompt), self.grams.learned(_window(prompt, len(prompt)))
+        closing = self.closing | {prompt[-1]}
         distance = self.distances(described[None])[0]
         if len(self.rows) and float(distance.min()) < SAME:
             counts = self.counts.clone()
             counts[distance.argmin()] += 1
-            return replace(self, counts=counts, words=words, closing=closing)
+            return replace(self, counts=counts, words=words, grams=grams, closing=closing)
         if len(self.rows) == CAPACITY:
-            return replace(self._merged(described), words=words, closing=closing)
+            return replace(self._merged(described), words=words, grams=grams, closing=closing)
         nearest = float(distance.min()) if len(distance) else torch.inf
         return Prompts(
             torch.cat([self.rows, described[None].half().float()]),
             torch.cat([self.counts, torch.ones(1, dtype=torch.int64)]),
             torch.cat([torch.minimum(self.nearest, distance), torch.tensor([nearest])]),
             words,
+            grams,
             closing,
         )
 
@@ -149,11 +149,6 @@ def _window(text: Sequence[int], end: int) -> Sequence[int]:
     return text[max(0, end - WINDOW) : end]
 
 
-def _mean_nearest(distances: np.ndarray) -> float:
-    # of fewer prompts the mean of all, which may lie lower: a young expert is asked early
-    return float(np.sort(distances)[:NEAREST].mean())
-
-
 def _radius(nearest: Tensor, bounds: Radius) -> float:
     """Of distances to the nearest other prompt."""
     if len(nearest) < FEW:
@@ -178,6 +173,15 @@ class Scope:
         before = self.experts.get(expert) or Prompts.empty(len(described))
         return replace(self, experts={**self.experts, expert: before.learned(prompt, described)})
 
+    def handed_over(self, prompt: Sequence[int], described: Tensor, before: str, after: str) -> Scope:
+        """With a prompt that one expert learned as one of another's. The first one's scope still has it in it."""
+        scope = self.learned(after, prompt, described)
+        if before not in scope.experts:
+            return scope
+        own = scope.experts[before]
+        own = replace(own, grams=own.grams.forgotten(_window(prompt, len(prompt))))
+        return replace(scope, experts={**scope.experts, before: own})
+
     def opened(self, expert: str) -> Scope:
         """With an expert that answers every prompt."""
         return replace(self, everywhere=self.everywhere | {expert})
@@ -190,7 +194,7 @@ class Scope:
         end of a template or a question mark, the places of ids that learned prompts end with: the last `PLACES`.
 
         Args:
-            nearest: where one that has a scope does, the nearest of these in place of them, at the last such place.
+            nearest: where one that has a scope does, the likeliest of these in place of them, at the last such place.
         """
         always = self.everywhere.intersection(experts)
         known = {name: self.experts[name] for name in experts if name in self.experts and name not in always}
@@ -205,31 +209,22 @@ class Scope:
         if place is None:
             return always
         # the last one: earlier turns of a conversation may have been another's
-        return always | {min(self._distances(known, _window(ids, ends[place]), described[place]))[1]}
+        return always | {self._likeliest(known, _window(ids, ends[place]))}
 
-    def _distances(self, known: Mapping[str, Prompts], text: Sequence[int], described: Tensor
-                   ) -> Iterator[tuple[float, str]]:
-        """How far a text is from what each expert learned, by words and descriptions together."""
-        pool, places = self._pool
-        words = pool.distances(text)
-        for name, own in known.items():
-            forms = own.distances(described[None])[0].numpy()
-            yield _mean_nearest(words[places[name]]) + _mean_nearest(forms), name
+    def _likeliest(self, known: Mapping[str, Prompts], text: Sequence[int]) -> str:
+        """The expert whose prompts are most like a text, as far back as the longest of them: naive Bayes."""
+        text = text[-max(own.words.longest for own in known.values()) :]
+        found = likelihoods([own.grams for own in known.values()], text, self._distinct)
+        return list(known)[int(found.argmax())]
 
     def warm_up(self) -> None:
-        """Compute what the nearest is found with now, and not when the first request comes."""
-        _ = self._pool
+        """Compute what the likeliest is found with now, and not when the first request comes."""
+        _ = self._distinct
 
     @cached_property
-    def _pool(self) -> tuple[Words, dict[str, slice]]:
-        """The words of all experts together, and where in them those of each are.
-
-        Weighted by what all share they tell .955 of the prompts of five domains apart, each weighted by its own .937.
-        """
-        ends = accumulate(len(own.words.nearest) for own in self.experts.values())
-        places = {name: slice(end - len(own.words.nearest), end)
-                  for (name, own), end in zip(self.experts.items(), ends, strict=True)}
-        return Words.pooled([own.words for own in self.experts.values()]), places
+    def _distinct(self) -> int:
+        """Buckets that any expert has counts in."""
+        return int(np.count_nonzero(sum(own.grams.counts for own in self.experts.values())))
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON values); counts and distances are those in use."""
@@ -237,7 +232,8 @@ class Scope:
         tensors = {}
         for number, name in enumerate(names):
             own = self.experts[name]
-            parts = {"rows": own.rows.half(), "counts": own.counts, "nearest": own.nearest, **own.words.state_dict()}
+            parts = {"rows": own.rows.half(), "counts": own.counts, "nearest": own.nearest, **own.words.state_dict(),
+                     **own.grams.state_dict()}
             tensors.update({f"{number}.{part}": tensor for part, tensor in parts.items()})
         closing = [sorted(self.experts[name].closing) for name in names]
         return tensors, {"experts": names, "closing": closing, "everywhere": sorted(self.everywhere)}
@@ -258,9 +254,10 @@ class Scope:
                                  f"{len(counts)} counts, {len(nearest)} distances")
             try:
                 words = Words.from_state_dict(own)
+                grams = Grams.from_state_dict(own)
                 if len(rows) and not len(words.nearest):
                     raise ValueError(f"none for {len(rows)} descriptions")
             except ValueError as error:
                 raise ValueError(f"the saved words of {name!r} do not fit together: {error}") from None
-            experts[name] = Prompts(rows.float(), counts.clone(), nearest.clone(), words, frozenset(closing))
+            experts[name] = Prompts(rows.float(), counts.clone(), nearest.clone(), words, grams, frozenset(closing))
         return cls(experts, frozenset(meta["everywhere"]))

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -58,16 +57,6 @@ class Words:
     @classmethod
     def empty(cls) -> Words:
         return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0))
-
-    @classmethod
-    def pooled(cls, parts: Sequence[Words]) -> Words:
-        """The prompts of several as those of one, in their order: what is common to all of them counts little."""
-        firsts = accumulate((len(part.nearest) for part in parts), initial=0)
-        ids = np.concatenate([part.ids for part in parts])
-        owners = np.concatenate([part.owners + np.int32(first) for part, first in zip(parts, firsts, strict=False)])
-        order = ids.argsort(kind="stable")
-        return cls(ids[order], owners[order], np.concatenate([part.nearest for part in parts]),
-                   max(part.longest for part in parts))
 
     def learned(self, prompt: Sequence[int]) -> Words:
         """With one more prompt, of one id at least."""

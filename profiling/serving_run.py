@@ -148,7 +148,8 @@ def moved(served: Served, device: torch.device) -> Served:
         return result
 
     packs = tuple(replace(pack, A=move(pack.A), B=move(pack.B), scale=move(pack.scale)) for pack in served.packs)
-    return replace(served, packs=packs, made_of=None)
+    parts = None if served.parts is None else tuple(moved(part, device) for part in served.parts)
+    return replace(served, packs=packs, parts=parts, made_of=None)
 
 
 def _on_host(reply: Reply) -> Reply:

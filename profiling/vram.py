@@ -220,5 +220,5 @@ def _scope_bytes(model: PreTrainedModel, ids: list[int], meter: Meter, allocated
 
 def _serving_bytes(store: AdapterStore) -> int:
     """Of the slab and the scales of the version that is served."""
-    tensors = [tensor for pack in store.served.packs for tensor in (pack.A, pack.B, pack.scale)]
+    tensors = [tensor for part in store.served.each for pack in part.packs for tensor in (pack.A, pack.B, pack.scale)]
     return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())

@@ -58,7 +58,7 @@ def test_after_a_drift_a_new_expert_learns_and_each_answers_its_own(make: MakeLe
     learner.learn_batch(_stream(1))
     assert learner.experts == ("default", "default-2")
     # the few until it was noticed, and what these rehearsed; no sample of the second domain afterwards
-    assert learner.state.store.expert("default").steps - before < 10
+    assert learner.state.store.expert("default").steps - before <= 16
     assert learner.state.store.expert("default-2").steps > 50
     assert _answered(learner, 0, "default") > 0.9 and _answered(learner, 1, "default-2") > 0.9
     # those until then were handed over
@@ -140,7 +140,7 @@ def test_an_aborted_step_ends_as_the_other_one(make: MakeLearner, unit: int) -> 
     def learned(abort: bool) -> str:
         learner = make(**ROUTED)
         learner.learn_batch(samples[:61])
-        for sample in samples[61:70]:
+        for sample in samples[61:80]:
             if abort:
                 step = learner.step(sample)
                 for _ in range(unit):
@@ -200,8 +200,8 @@ def test_a_frozen_expert_stays_and_says_so(make: MakeLearner, tiny_model: TinyMo
     assert again.state_sha256() == sha and again.status()["frozen"] == ["default"]
     again.unfreeze("default")
     again.save_state()
-    # the same sample is welcome now
-    assert again.learn_one(_sample(0, 7000)).status == "learned"
+    # the same sample is welcome now, and those that it knows as it knew its own are its own again
+    assert [again.learn_one(_sample(0, seed)).status for seed in range(7000, 7004)] == ["learned"] * 4
     assert not torch.equal(again.state.store.expert("default").delta(0), before[0])
     sha = again.state_sha256()
     again.close()

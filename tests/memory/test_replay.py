@@ -252,9 +252,65 @@ def test_balanced_it_is_a_reservoir_inside_a_completion_and_where_none_comes_twi
     assert abs(sum(held[uid] for uid in range(30, 40)) - 600) < 110
 
 
+def experts(ring: ReplayRing) -> Counter[str]:
+    return Counter(ring.get(slot).expert for slot in ring.slots)
+
+
+@pytest.mark.parametrize("different", [2, 1000])
+def test_balanced_each_expert_has_room_by_its_share_of_the_newest_samples(different: int) -> None:
+    ring, uid = ReplayRing(64, TOKENS, vocab_size=VOCAB, keep="balanced"), 0
+    for name, count in (("a", 300), ("b", 300), ("c", 300)):
+        for _ in range(count):
+            ring.add([1, uid % different], 1, expert=name, uid=uid)
+            uid += 1
+    # a quarter is everybody's; of the other 48 slots those of before keep exp(-300 / 64) and its square
+    assert experts(ring)["c"] >= 52 and min(experts(ring).values()) >= 4
+    # one that gets a third of what comes has a third of the three quarters beside its part of the quarter
+    for at in range(600):
+        ring.add([1, uid % different], 1, expert="b" if at % 3 == 0 else "c", uid=uid)
+        uid += 1
+    held = experts(ring)
+    assert held["b"] == pytest.approx(16 / 3 + 16, abs=3) and held["c"] == pytest.approx(16 / 3 + 32, abs=3)
+    assert held["a"] == pytest.approx(16 / 3, abs=2) and len(ring) == 64
+
+
+def test_balanced_completions_share_the_room_of_their_own_expert() -> None:
+    ring = ReplayRing(32, TOKENS, vocab_size=VOCAB, keep="balanced")
+    for uid in range(400):
+        # of "a" one completion in ten, and it is one that "b" has too
+        expert = "ab"[uid % 2]
+        ring.add([1, 5 if expert == "b" or uid % 20 == 0 else 6], 1, expert=expert, uid=uid)
+    slots = [ring.get(slot) for slot in ring.slots]
+    own = Counter(int(slot.ids[1]) for slot in slots if slot.expert == "a")
+    assert len(slots) - own.total() == pytest.approx(16, abs=1) and own[5] == own[6] == own.total() / 2
+
+
+def test_draws_give_each_expert_its_share_of_the_newest_samples() -> None:
+    ring = ReplayRing(64, TOKENS, vocab_size=VOCAB, keep="balanced")
+    for uid in range(300):
+        ring.add([1, uid % 7], 1, expert="old" if uid < 200 else "new", uid=uid)
+    drawn = Counter(ring.get(slot).expert for counter in range(1000) for slot in ring.draw(1, counter=counter))
+    assert drawn["old"] / 1000 == pytest.approx((63 / 64) ** 100, abs=0.04)
+    # and inside one all the same chance
+    own = Counter(slot for counter in range(1000) for slot in ring.draw(1, counter=counter, expert="new"))
+    assert max(own.values()) < 3 * min(own.values())
+
+
+def test_an_expert_that_only_took_samples_over_is_drawn_too() -> None:
+    ring = ReplayRing(8, TOKENS, vocab_size=VOCAB, keep="balanced")
+    for uid in range(8):
+        ring.add([1, uid], 1, expert="a", uid=uid)
+    for slot in ring.slots[:4]:
+        ring.hand_over(slot, "b")
+    drawn = Counter(ring.get(slot).expert for counter in range(400) for slot in ring.draw(1, counter=counter))
+    assert drawn["b"] > 100 and len(ring.draw(8, counter=0)) == 8
+
+
 def test_balanced_a_saved_ring_goes_on_exactly_in_a_used_one() -> None:
     ring = ReplayRing(8, TOKENS, vocab_size=VOCAB, keep="balanced", seed=1)
     offer(ring, [at % 5 for at in range(60)])
+    for uid in range(1000, 1060):
+        ring.add([1, uid % 4], 1, expert="other", uid=uid)
     other = ReplayRing(8, TOKENS, vocab_size=VOCAB, keep="balanced", seed=1)
     offer(other, [at % 3 for at in range(20)])
     ring.evict(ring.slots[2])

@@ -123,15 +123,3 @@ def test_parts_that_do_not_fit_together_are_refused(part: str, change: Callable[
     state = _learned([[1, 2], [2, 3], [3, 4]]).state_dict()
     with pytest.raises(ValueError, match="prompts of which"):
         Words.from_state_dict({**state, part: change(state[part])})
-
-
-@given(prompts, prompts, st.lists(st.integers(0, 60), min_size=1, max_size=40))
-def test_pooled_prompts_are_weighted_by_all(first: list[list[int]], second: list[list[int]], text: list[int]) -> None:
-    parts = [_learned(first), _learned(second)]
-    # what is learned twice is kept once, so each part has its own distinct prompts
-    kept = [[sorted(set(part.ids[part.owners == number].tolist())) for number in range(len(part.nearest))]
-            for part in parts]
-    pooled = Words.pooled(parts)
-    assert pooled.longest == max(part.longest for part in parts)
-    expected = [_distance(text[-pooled.longest :], prompt, [*kept[0], *kept[1]]) for prompt in [*kept[0], *kept[1]]]
-    assert pooled.distances(text) == pytest.approx(expected, abs=1e-9)
