@@ -7,7 +7,8 @@ before it is done, and recovery repeats it on any machine.
     pace      update number `done` has `prompt` ids of each prompt and trains `layers` top layers
     put off   an expert's restart waits
     blind     update number `done` is made without a look at what is forgotten: by chance, or in a refresh not at all
-    route     the sample is learned by `expert`, which the router chose; the last one of a record counts
+    route     the sample is learned by `expert`, which the router chose and which did not learn the one before; the last
+              of a record counts
 """
 
 from __future__ import annotations

@@ -169,23 +169,37 @@ class Applier:
         return self.state.ring, self.state.waiting
 
     def _route(self, record: Record) -> Generator[str, None, str]:
-        """Who learns a record's sample: whom it names, or whom the router chooses, which is journaled first."""
+        """Who learns a record's sample: whom it names, or whom the router chooses.
+
+        That is journaled first, but where it is who learned the newest sample, as mostly: recovery finds that out.
+        """
         if self._is_routed(record):
             if "route" not in record:
-                yield from self._routed(record, (yield from self.router.choose(record)))
+                name, follows = yield from self.router.choose(record)
+                if follows and name == self.state.routes.newest:
+                    record["route"] = name
+                else:
+                    yield from self._routed(record, name)
             try:
-                self.router.make(amendments.expert_of(record))
-                return amendments.expert_of(record)
+                self.router.make(self._expert(record))
+                return self._expert(record)
             except torch.OutOfMemoryError:
                 # what was computed is held by the exception, so room is made after this block
                 pass
             self.updater.ran_out()
             _log.warning("out of memory for a new expert: %r goes on", self.state.routes.newest)
             yield from self._routed(record, self.state.routes.newest)
+        return self._expert(record)
+
+    def _expert(self, record: Record) -> str:
+        """Who learns a record's sample, or has learned it."""
+        if self._is_routed(record) and "route" not in record:
+            # it was begun before a restart, and no choice was journaled
+            return self.state.routes.newest
         return amendments.expert_of(record)
 
     def _is_routed(self, record: Record) -> bool:
-        return self.config.routing == "prompt" and record["expert"] == DEFAULT_EXPERT
+        return self.config.routes and record["expert"] == DEFAULT_EXPERT
 
     def _routed(self, record: Record, expert: str) -> Generator[str, None, None]:
         yield from writing(partial(self.acknowledge, [{"kind": "route", "of": record["seq"], "expert": expert}]))
@@ -193,7 +207,7 @@ class Applier:
     def _contradicted(self, record: Record) -> list[int]:
         """Numbers of the samples with the prompt of a record's sample and another answer, of who answers it."""
         ids, length = record["ids"], record["prompt_length"]
-        experts = self.state.store.active if self._is_routed(record) else [amendments.expert_of(record)]
+        experts = self.state.store.active if self._is_routed(record) else [self._expert(record)]
         return sorted({place.get(slot).uid for place in self._rings for expert in experts
                        for slot in place.contradicting(ids, length, expert=expert)})
 
@@ -202,7 +216,7 @@ class Applier:
         repeats = _repeats(record)
         new = Lesson(record["ids"], record["prompt_length"], again=True)
         while 0 < self.state.position.done <= repeats:
-            update = yield from self._update(record, amendments.expert_of(record), [new])
+            update = yield from self._update(record, self._expert(record), [new])
             updates.append(update)
             self.recall.note_newest(update)
             # what comes after the last one has its number, whether or not all of them were made

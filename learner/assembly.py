@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ogpstream.learner import warmstart
 from ogpstream.learner.config import LearnerConfig, ServedTo
 from ogpstream.learner.description import Describer
-from ogpstream.learner.errors import StateError
+from ogpstream.learner.errors import ConfigError, StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.gate import Gate
 from ogpstream.learner.intake import Intake
@@ -64,7 +64,7 @@ class Assembly:
         describer.warm_up()
         if config.served_to == "scope":
             self.attachment.binding.gate = Gate(describer, batches=self.attachment.batches,
-                                                nearest=config.routing == "prompt")
+                                                nearest=config.routes)
         self.updater = Updater(self.attachment, self.state.store, self.state.protection, config, describer)
         own = {"config": config.to_dict(), "base": fingerprint(model), "environment": environment(model),
                "model": {"name": model.config.name_or_path, "dtype": str(model.dtype).removeprefix("torch.")}}
@@ -115,13 +115,23 @@ class Assembly:
         """With the state of a folder: the newest valid snapshot, and the journal after it applied.
 
         Args:
-            served_to: in place of what the state says.
+            served_to: in place of what the state says; who learns what stays as it was.
+
+        Raises:
+            ConfigError: several experts, each for prompts of its own, cannot answer all prompts.
         """
         folder = StateFolder(state_dir)
         try:
             snapshot = folder.load()
             config = LearnerConfig.from_dict(snapshot.meta["config"])
-            parts = cls(model, tokenizer, config if served_to is None else replace(config, served_to=served_to))
+            if served_to is not None and served_to != config.served_to:
+                if config.routes:
+                    folder.close()
+                    cls._settle_routes(state_dir, model, tokenizer)
+                    folder = StateFolder(state_dir)
+                    snapshot = folder.load()
+                config = replace(config, served_to=served_to, routing="named")
+            parts = cls(model, tokenizer, config)
             parts.queue.applier.folder = folder
             try:
                 parts.queue.applier.restore(snapshot.tensors, snapshot.meta)
@@ -134,6 +144,20 @@ class Assembly:
             folder.close()
             raise
         return parts
+
+    @classmethod
+    def _settle_routes(cls, state_dir: str | os.PathLike[str], model: PreTrainedModel,
+                       tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Apply what the journal holds while prompts are looked at, and save it."""
+        parts = cls.load(state_dir, model, tokenizer)
+        try:
+            names = parts.state.store.names
+            if len(names) > 1:
+                raise ConfigError(f"the experts {', '.join(names)} have learned prompts of their own each, and cannot "
+                                  "all answer every prompt: leave served_to at 'scope', or learn with it at 'all'")
+            parts.versions.save()
+        finally:
+            parts.close()
 
     def close(self) -> None:
         """Release the state folder and take the adapters out of the model."""

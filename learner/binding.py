@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ogpstream.memory.adapters import Served
 from ogpstream.memory.layout import Layout
+from ogpstream.memory.served import Served
 
 if TYPE_CHECKING:
     from ogpstream.learner.gate import Found, Gate

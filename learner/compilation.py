@@ -28,10 +28,10 @@ def compile_kernels(updater: Updater, *, tokens: int, vocabulary: int) -> None:
     experts = [store.expert(name) for name in store.names]
     widths = sorted(max([config.held_rank or 0, *(held.rank for held in expert.held)]) + expert.rank
                     for expert in experts)
-    ranks, most, step = {expert.rank for expert in experts}, sum(widths[-config.max_active:]), store.multiple
+    ranks, most, step = {expert.rank for expert in experts}, sum(widths[-config.side_by_side:]), store.multiple
     columns = range(-(-min(ranks) // step) * step, most + step, step)
     # an expert's columns come after those of the others that are active with it
-    starts = {sum(before) for n in range(config.max_active)
+    starts = {sum(before) for n in range(config.side_by_side)
               for before in combinations_with_replacement(sorted(ranks), n)}
     shapes = [(site.d_in, site.d_out, R, slice(start, start + rank))
               for site in store.sites for R in columns for rank in ranks for start in starts if start + rank <= R]

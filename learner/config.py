@@ -35,10 +35,12 @@ class LearnerConfig:
     rank: int = 8  # r, columns of A
     alpha: float = 16.0  # scaling = alpha / rank
     target_modules: str | tuple[str, ...] | None = "all-linear"  # as in PEFT; None is PEFT's choice for the model
-    max_active: int = 2  # experts on the device at once; the least recently used one leaves
-    # who learns a sample of the expert "default": "named" is that one, "prompt" the one that would answer it, after a
-    # drift a new one while fewer than max_active are served. Then the nearest of them alone answers a prompt
-    routing: Routing = "named"
+    max_active: int = 2  # experts that compute together; the least recently used one leaves
+    # who learns a sample of the expert "default": "named" is that one; "prompt", where prompts are looked at (served_to
+    # "scope"), the one that would answer it, and after a drift a new one. Then the likeliest alone answers a prompt. On
+    # five domains of intents accuracy is .76 at the end, that of joint training, and with one expert .72
+    routing: Routing = "prompt"
+    experts: int = 8  # that routing comes to at most
     served_to: ServedTo = "scope"  # prompts like the learned ones; others get the base model. "all" serves all prompts
 
     # optimizer
@@ -116,7 +118,7 @@ class LearnerConfig:
             allowed = get_args(hints[name])
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")
-        positive = ("rank", "alpha", "max_active", "lr", "loraplus_lr_ratio", "basis_columns", "use_window",
+        positive = ("rank", "alpha", "max_active", "experts", "lr", "loraplus_lr_ratio", "basis_columns", "use_window",
                     "warm_samples", "warm_tokens", "ring_samples", "max_tokens", "loss_chunk", "snapshot_every",
                     "learned_below", "rehearsal_batch", "activation_budget_mib")
         for name in positive:
@@ -135,7 +137,8 @@ class LearnerConfig:
                      "learned_below", "eps"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be a finite number")
-        for name in ("rank", "basis_columns", "use_window", "ring_samples", "max_tokens", "seed"):
+        for name in ("rank", "max_active", "experts", "basis_columns", "use_window", "ring_samples", "max_tokens",
+                     "seed"):
             if type(getattr(self, name)) is not int:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be an integer")
         if not 0.0 <= self.average < 1.0:
@@ -144,8 +147,6 @@ class LearnerConfig:
             raise ConfigError(f"novelty is {self.novelty}: no direction lies outside P by more than all of it")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"betas are {self.betas}: they must lie in [0, 1)")
-        if self.routing == "prompt" and self.served_to == "all":
-            raise ConfigError("routing by prompt has one expert answer each: leave served_to at 'scope'")
         if self.basis_columns > 512:
             raise ConfigError(f"basis_columns is {self.basis_columns}: a basis has at most 512 directions")
         if self.use_window % 10:
@@ -161,6 +162,21 @@ class LearnerConfig:
     def scaling(self) -> float:
         """alpha / rank, the factor of A B in the forward."""
         return self.alpha / self.rank
+
+    @property
+    def routes(self) -> bool:
+        """Whether one expert alone answers a prompt, and learns what is like it."""
+        return self.routing == "prompt" and self.served_to == "scope"
+
+    @property
+    def served_at_once(self) -> int:
+        """Experts that may be active."""
+        return self.experts if self.routes else self.max_active
+
+    @property
+    def side_by_side(self) -> int:
+        """Experts that one forward may compute with, beside adapters that were trained elsewhere."""
+        return 1 if self.routes else self.max_active
 
     @classmethod
     def literal(cls, **changes: Any) -> LearnerConfig:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ogpstream.learner.binding import Share
 from ogpstream.learner.description import Describer
 from ogpstream.learner.errors import StateError
-from ogpstream.memory.adapters import Served
+from ogpstream.memory.served import Served
 
 # so many ids at once behind an answer are looked at as another question; fewer are tokens that some method of decoding
 # guessed
@@ -114,6 +114,9 @@ class Gate:
         """The version with those experts alone; None is the bare model."""
         if not answering:
             return None
+        if served.parts is not None:
+            # which is no work, and what is kept here would stay on the device
+            return served.only(answering)
         variants = self._variants
         if variants is None or variants[0] is not served:
             self._variants = variants = served, {}

@@ -75,8 +75,8 @@ class StreamLearner:
         """Continue from a state folder: newest valid snapshot, then the journal after it.
 
         Args:
-            served_to: which prompts the experts answer from now on, in place of what the state says; not "all" with
-                routing by prompt.
+            served_to: which prompts the experts answer from now on, in place of what the state says; not "all" where
+                several experts were routed to by prompt. Until it is loaded so again, no more experts are made.
 
         Raises:
             ConfigError: `served_to` does not fit.

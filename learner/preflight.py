@@ -20,8 +20,8 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.step import loss_gradient, recording
 from ogpstream.learner.walk import LayerCall, LayerWalk, Plan, run_layer
-from ogpstream.memory.adapters import Pack, Served
 from ogpstream.memory.layout import SiteShape
+from ogpstream.memory.served import Pack, Served
 
 # tokens of the longest measurement: with its half and its quarter 0.44 of one layer's work at T = 1024, and a quarter
 # of the bytes
@@ -141,7 +141,7 @@ class Preflight:
         column more is 4 bytes a token and linear.
         """
         config, model = self._config, self._walk.model
-        columns = config.max_active * (config.rank + (config.held_rank or 32))
+        columns = config.side_by_side * (config.rank + (config.held_rank or 32))
         wide = torch.promote_types(model.dtype, torch.float32)
         scale = torch.zeros(columns, dtype=wide, device=model.device)
         packs: dict[tuple[int, int], Pack] = {}

@@ -44,7 +44,7 @@ class Roster:
     def activate(self, gates: Mapping[str, float]) -> None:
         """See `StreamLearner.activate`."""
         unknown = sorted(set(gates) - set(self.names))
-        most = self._config.max_active
+        most = self._config.served_at_once
         if unknown or not 0 < len(gates) <= most:
             raise ConfigError(f"cannot serve {', '.join(gates) or 'nothing'}: give 1 to {most} of "
                               f"{', '.join(self.names)}")
@@ -89,7 +89,7 @@ class Roster:
             raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
         if name in self.names:
             raise ConfigError(f"there is an expert {name!r} already")
-        if self._config.routing == "prompt" and name.startswith(f"{DEFAULT_EXPERT}-"):
+        if self._config.routes and name.startswith(f"{DEFAULT_EXPERT}-"):
             # a sample that waits may be about to make it
             raise ConfigError(f"{name!r} is a name that routing gives: choose one that does not begin so")
 

@@ -34,46 +34,56 @@ class Router:
     def __init__(self, state: LearnerState, updater: Updater, operations: Operations, config: LearnerConfig) -> None:
         self._state, self._updater, self._operations, self._config = state, updater, operations, config
 
-    def choose(self, record: Record) -> Generator[str, None, str]:
+    def choose(self, record: Record) -> Generator[str, None, tuple[str, bool]]:
         """The expert for a record's sample; a name that is not known yet is that of one to be made.
 
         One that has learned this prompt, which is corrected then; a frozen one that answers it. After a drift a new
         one, where a place is free. Else the one that learned the newest sample, since nobody knows yet which of them
         the prompts of a new domain will be likest to; but the one that would answer the prompt, where it knows what
         there is to learn, and better than that one: looks tell.
+
+        Returns:
+            Its name, and whether that follows from the state and the record alone: memory that runs out does not.
         """
         owner = self.owner(record)
         if owner is not None:
-            return owner
+            return owner, True
         routes, store = self._state.routes, self._state.store
         routed = [name for name in store.active if name not in store.scope.everywhere]
         learning = [name for name in routed if not store.expert(name).frozen]
-        prompt, describer = _prompt(record), self._updater.describer
-        assert describer is not None
-        nearest = next(iter(store.scope.answering(prompt, routed, describer, nearest=True)), None)
-        if nearest is not None and store.expert(nearest).frozen:
-            return nearest
-        if not learning and DEFAULT_EXPERT not in routed and not store.expert(DEFAULT_EXPERT).frozen:
-            # away, but for adapters from elsewhere
-            return DEFAULT_EXPERT
-        if (routes.drifted or not learning) and len(store.active) < self._config.max_active:
-            return self._new_name()
         current = routes.newest if routes.newest in learning else (learning or routed or [DEFAULT_EXPERT])[-1]
-        if nearest is None or nearest == current:
-            return current
-        lesson = [Lesson(record["ids"], record["prompt_length"], again=False)]
         try:
-            (known,) = yield from self._updater.look(lesson, nearest)
+            # one alone is asked for nothing but whether it is frozen
+            likeliest = None if len(routed) == len(learning) == 1 else self._likeliest(record, routed)
+            if likeliest is not None and store.expert(likeliest).frozen:
+                return likeliest, True
+            if not learning and DEFAULT_EXPERT not in routed and not store.expert(DEFAULT_EXPERT).frozen:
+                # away, but for adapters from elsewhere
+                return DEFAULT_EXPERT, True
+            if (routes.drifted or not learning) and len(store.active) < self._config.experts:
+                return self._new_name(), True
+            if likeliest is None or likeliest == current:
+                return current, True
+            lesson = [Lesson(record["ids"], record["prompt_length"], again=False)]
+            (known,) = yield from self._updater.look(lesson, likeliest)
             # while one is young, what is like the others on the outside is most likely its own
-            if not routes.fits(nearest, known.loss, WELL if routes.is_young(current) else FITS):
-                return current
+            if not routes.fits(likeliest, known.loss, WELL if routes.is_young(current) else FITS):
+                return current, True
             (other,) = yield from self._updater.look(lesson, current)
-            return nearest if known.loss < other.loss else current
+            return (likeliest if known.loss < other.loss else current), True
         except torch.OutOfMemoryError:
             # what was computed is held by the exception, so room is made after this block
             pass
         self._updater.ran_out()
-        return current
+        return current, False
+
+    def _likeliest(self, record: Record, experts: Sequence[str]) -> str | None:
+        """Which of the experts would answer a record's prompt."""
+        describer = self._updater.describer
+        assert describer is not None
+        asked: Sequence[int] | None = record.get("asked")
+        prompt = record["ids"][: record["prompt_length"]] if asked is None else asked
+        return next(iter(self._state.store.scope.answering(prompt, experts, describer, nearest=True)), None)
 
     def owner(self, record: Record) -> str | None:
         """The served expert that has a sample at hand with the prompt of a record's, of the newest such sample."""
@@ -122,9 +132,3 @@ class Router:
         while f"{DEFAULT_EXPERT}-{number}" in names:
             number += 1
         return f"{DEFAULT_EXPERT}-{number}"
-
-
-def _prompt(record: Record) -> Sequence[int]:
-    """Ids of a record's prompt before any cut."""
-    asked: Sequence[int] | None = record.get("asked")
-    return record["ids"][: record["prompt_length"]] if asked is None else asked

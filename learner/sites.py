@@ -24,8 +24,8 @@ from ogpstream.kernels import dispatch
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.errors import ConfigError, ModelError, StateError
 from ogpstream.learner.meter import learning_state
-from ogpstream.memory.adapters import Pack
 from ogpstream.memory.layout import SiteShape
+from ogpstream.memory.served import Pack
 
 _ADAPTER = "default"
 

@@ -99,8 +99,8 @@ class LearnerState:
         vocabulary = model.config.get_text_config().vocab_size
         return cls(
             AdapterStore(shapes, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
-                         serve_dtype=model.dtype, device=model.device, max_active=config.max_active,
-                         apart=config.routing == "prompt",
+                         serve_dtype=model.dtype, device=model.device, max_active=config.served_at_once,
+                         apart=_apart(model, config),
                          # 16 columns are the least that tensor cores multiply
                          multiple=1 if model.device.type == "cpu" else 16),
             Protection(shapes, config),
@@ -175,6 +175,13 @@ class LearnerState:
     def sha256(self) -> str:
         """Hash of all of it: equal states, and only these, have the same one."""
         return canonical_hash(*self.capture())
+
+
+def _apart(model: PreTrainedModel, config: LearnerConfig) -> int | None:
+    """Experts that are on the model's device at once, where one alone answers a prompt. Host RAM has room for all."""
+    if not config.routes:
+        return None
+    return config.experts if model.device.type == "cpu" else config.max_active
 
 
 def _under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ogpstream.learner.activations import ActivationPlan
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.trail import Trail
 from ogpstream.learner.walk import LayerCall, LayerWalk, Plan, run_layer
-from ogpstream.memory.adapters import Served
+from ogpstream.memory.served import Served
 
 
 class Reading(NamedTuple):

@@ -29,9 +29,10 @@ from ogpstream.learner.sites import Attachment
 from ogpstream.learner.staging import parts, staging_for
 from ogpstream.learner.step import Reading, sample_gradients, sample_readings
 from ogpstream.learner.walk import LayerWalk
-from ogpstream.memory.adapters import AdapterStore, Served
+from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.scope import Scope
+from ogpstream.memory.served import Served
 from ogpstream.memory.units import named
 
 _log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Updater:
         self.preflight = Preflight(self.walk, attachment.binding, store.sites, config)
         self.out_of_memory = 0
         # a prompt is answered by one expert, so each is updated and looked at without the others
-        self.alone = config.routing == "prompt"
+        self.alone = config.routes
         self.judge = Judge(config, attachment.model.config.get_text_config().vocab_size)
 
     def run(self, name: str, lessons: Sequence[Lesson], layers: int | None = None) -> Generator[str, None, Update]:
@@ -115,7 +116,7 @@ class Updater:
         proposal, draft = trial.proposal, trial.draft
         self._commit(draft, trial.served, trial.scope)
         if proposal is not None:
-            self.staging.committed(expert, proposal.slabs, proposal.flats, self.store.active)
+            self.staging.committed(expert, proposal.slabs, proposal.flats, self.store.on_device)
         growth = draft.growth
         return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from operator import is_
 from typing import Any
 
 import torch
@@ -27,6 +24,8 @@ from ogpstream.memory.layout import Layout, SiteShape
 from ogpstream.memory.pinned import host_zeros
 from ogpstream.memory.room import Room, Sources, put
 from ogpstream.memory.scope import Scope
+from ogpstream.memory.served import Pack, Served, side_by_side
+from ogpstream.memory.shelf import Part, Shelf
 from ogpstream.memory.units import exhausted
 
 # matrices and scales of a served version start at multiples of 16 elements: 32 B in bf16, so that loads can be vector
@@ -47,96 +46,6 @@ class UnknownExpert(KeyError):
         return str(self.args[0])  # KeyError would print the repr of the message
 
 
-@dataclass(frozen=True)
-class Pack:
-    """All active experts at one site: y += (x A * scale) B.
-
-    A `[D_in, R]` and B `[R, D_out]` in the serving dtype, scale `[R]` in float32 or wider. The plastic
-    columns of all experts come first (`trained` gives each one's slice), then their held columns.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: Tensor
-    trained: Mapping[str, slice]
-
-
-@dataclass(frozen=True)
-class Served:
-    """One published version: a pack per site, on the serving device; `made_of` tells the next one what to copy anew.
-
-    Where experts are kept apart, one of several has no packs but `parts`, versions of one expert each. What they add is
-    summed up, and the next version has those parts again that stay as they are.
-    """
-
-    version: int
-    experts: tuple[str, ...]
-    gates: tuple[float, ...]
-    packs: tuple[Pack, ...]
-    made_of: Sources | None = field(default=None, repr=False, compare=False)
-    scope: Scope = field(default_factory=Scope, repr=False, compare=False)
-    parts: tuple[Served, ...] | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def each(self) -> tuple[Served, ...]:
-        """Versions with packs that together are this one."""
-        return (self,) if self.parts is None else self.parts
-
-    def is_of(self, expert: Expert, gate: float) -> bool:
-        """Whether this version of one expert was made of what it is now."""
-        if self.made_of is None or self.gates != (gate,):
-            return False
-        ((factors, held),) = self.made_of.experts
-        return factors is expert.factors and all(map(is_, held, expert.held))
-
-    def only(self, names: Collection[str]) -> Served:
-        """This version without the other experts, or on a GPU with their gates at 0.
-
-        There the matrices stay and the scales are new, which takes hardly any memory. A CPU computes every column, so
-        those of the others are left out: with five experts an update at width 256 takes 1.2 times as long with them.
-        """
-        if set(self.experts).issubset(names):
-            return self
-        if self.parts is not None:
-            parts = tuple(part for part in self.parts if part.experts[0] in names)
-            return replace(self, experts=tuple(part.experts[0] for part in parts),
-                           gates=tuple(part.gates[0] for part in parts), parts=parts)
-        assert self.made_of is not None
-        ranks = [columns.stop - columns.start for columns in self.packs[0].trained.values()]
-        cut = self.packs[0].A.device.type == "cpu"
-        trained = _side_by_side({name: rank for name, rank in zip(self.experts, ranks, strict=True) if name in names})
-        columns: dict[int, Tensor] = {}
-        scales: dict[int, Tensor] = {}
-        packs = []
-        for index, pack in enumerate(self.packs):
-            # packs of one version share a scale where their columns are alike
-            key = id(pack.scale)
-            if key not in scales:
-                held = [parts[index].rank for _, parts in self.made_of.experts]
-                owners = [name for widths in (ranks, held) for name, width in zip(self.experts, widths, strict=True)
-                          for _ in range(width)]
-                owners += [""] * (len(pack.scale) - len(owners))
-                kept = torch.tensor([name in names for name in owners], device=pack.scale.device)
-                columns[key] = kept.nonzero()[:, 0]
-                scales[key] = pack.scale[columns[key]] if cut else torch.where(kept, pack.scale, 0.0)
-            if cut:
-                pack = replace(pack, A=pack.A[:, columns[key]], B=pack.B[columns[key]], trained=trained)
-            packs.append(replace(pack, scale=scales[key]))
-        if not cut:
-            return replace(self, packs=tuple(packs))
-        own = [number for number, name in enumerate(self.experts) if name in names]
-        made_of = replace(self.made_of, gates={self.experts[number]: self.gates[number] for number in own},
-                          experts=[self.made_of.experts[number] for number in own])
-        return replace(self, packs=tuple(packs), experts=tuple(made_of.gates), gates=tuple(made_of.gates.values()),
-                       made_of=made_of)
-
-
-def _side_by_side(ranks: Mapping[str, int]) -> dict[str, slice]:
-    """The plastic columns of experts of these ranks, one after the other."""
-    ends = accumulate(ranks.values())
-    return {name: slice(end - rank, end) for (name, rank), end in zip(ranks.items(), ends, strict=True)}
-
-
 class AdapterStore:
     """All experts of a model and the version that is served.
 
@@ -146,8 +55,9 @@ class AdapterStore:
         serve_dtype: of the served copies; the masters' dtype if None.
         device: where the served copies live; masters stay in host RAM.
         max_active: experts that are served at once; one more makes the least recently activated leave.
-        apart: an expert has packs of its own, so that a version that changes one of them takes no copy of the others.
-            Else they lie side by side, so that one product computes them all.
+        apart: experts whose packs are on the device at once, each in packs of its own, so that a version that changes
+            one of them takes no copy of the others; the packs of others are built when somebody computes with them.
+            None has all active ones side by side, so that one product computes them all.
         multiple: R of every pack is rounded up to a multiple of it with columns of zeros, so that a few compiled
             kernels serve all ranks that folds come to.
 
@@ -163,7 +73,7 @@ class AdapterStore:
         serve_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         max_active: int = 2,
-        apart: bool = False,
+        apart: int | None = None,
         multiple: int = 1,
     ) -> None:
         if max_active < 1 or multiple < 1:
@@ -172,7 +82,8 @@ class AdapterStore:
         self.dtype = dtype
         self.serve_dtype = serve_dtype or dtype
         self.device = torch.device(device)
-        self.max_active, self.apart = max_active, apart
+        self.max_active = max_active
+        self.shelf = None if apart is None else Shelf(apart, self._built)
         self.multiple = multiple
         self._experts: dict[str, Expert] = {}
         self._active: dict[str, float] = {}  # name -> gate; the order is the order of activation
@@ -190,6 +101,11 @@ class AdapterStore:
     def active(self) -> dict[str, float]:
         """Gate of each active expert, the least recently activated first."""
         return dict(self._active)
+
+    @property
+    def on_device(self) -> tuple[str, ...]:
+        """The active experts whose packs are on the serving device."""
+        return tuple(self._active) if self.served.parts is None or self.shelf is None else self.shelf.experts
 
     def layout(self, rank: int) -> Layout:
         """The layout that all experts of this rank share."""
@@ -312,26 +228,36 @@ class AdapterStore:
             After the allocation, and after every few sites.
         """
         number = self.served.version + 1 if version is None else version
-        before = {part.experts: part for part in self.served.each}
-        if not self.apart or len(active) < 2:
-            packs, made_of = yield from self._side_by_side(active, experts, before.get(tuple(active)))
+        if self.shelf is None or len(active) < 2:
+            packs, made_of = yield from self._packed(active, experts, self.served)
             return Served(number, tuple(active), tuple(active.values()), packs, made_of, scope or self.scope)
-        parts = []
+        before = {part.expert.name: part for part in self.served.parts or ()}
+        parts: list[Part] = []
         for name, gate in active.items():
-            part = before.get((name,))
-            if part is None or not part.is_of(experts[name], gate):
-                packs, made_of = yield from self._side_by_side({name: gate}, experts, part)
-                part = Served(number, (name,), (gate,), packs, made_of)
+            part, last = Part(experts[name].copy(), gate, self.shelf), before.get(name)
+            if last is not None and last.is_like(part):
+                part = last
+            elif last is None or last in self.shelf:
+                # what is computed with now is on the device before anything is changed
+                one = None if last is None else last.served
+                packs, made_of = yield from self._packed({name: gate}, experts, one)
+                self.shelf.put(part, Served(number, (name,), (gate,), packs, made_of))
             parts.append(part)
         return Served(number, tuple(active), tuple(active.values()), (), None, scope or self.scope, tuple(parts))
 
-    def _side_by_side(self, active: Mapping[str, float], experts: Mapping[str, Expert], last_one: Served | None
-                      ) -> Generator[None, None, tuple[tuple[Pack, ...], Sources]]:
-        """Packs of all these experts; `last_one` has them as they were."""
+    def _built(self, part: Part) -> Served:
+        """The packs of one expert."""
+        name = part.expert.name
+        packs, made_of = exhausted(self._packed({name: part.gate}, {name: part.expert}, None))
+        return Served(0, (name,), (part.gate,), packs, made_of)
+
+    def _packed(self, active: Mapping[str, float], experts: Mapping[str, Expert], last_one: Served | None
+                ) -> Generator[None, None, tuple[tuple[Pack, ...], Sources]]:
+        """Packs of all these experts side by side; what `last_one` has of them already is copied from there."""
         parts = [experts[name] for name in active]
         room, ranks = self.reserve(parts), self._ranks(parts)
         yield
-        trained = _side_by_side({expert.name: expert.rank for expert in parts})
+        trained = side_by_side({expert.name: expert.rank for expert in parts})
         # one slab: one allocation for hundreds of sites
         starts = self._starts(ranks)
         slab = room.slab[: starts[-1]]

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from ogpstream.learner import GenerateEngine, StreamLearner
 from ogpstream.learner.generate_engine import InferenceThread
 from ogpstream.learner.pacer import Stopwatch
-from ogpstream.memory.adapters import Served
+from ogpstream.memory.served import Served
 
 clock = time.perf_counter
 

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from ogpstream.profiling.baselines.baseline import Baseline
     from ogpstream.profiling.student import LearnerStudent, Student
 
-OURS = ("ogp", "ogp-routed", "ogp-uncut", "ogp-shared", "ogp-literal")
-# experts that "ogp-routed" may come to, the specification's number
-EXPERTS = 8
+OURS = ("ogp", "ogp-named", "ogp-uncut", "ogp-shared", "ogp-literal")
 # the learner itself as plain LoRA, with and without its ring
 PLAIN = ("sequential", "replay1")
 _BASELINES = {"replay16": "Replay16", "ewc": "EWC", "si": "SI", "agem": "AGEM", "derpp": "DERpp", "mer": "MER",
@@ -48,8 +46,8 @@ def baseline_class(method: str) -> type[Baseline]:
 
 def method_config(method: str, config: LearnerConfig, *, lr: float | None = None) -> LearnerConfig:
     """The learner's configuration for a method, with its own learning rate if given."""
-    if method == "ogp-routed":
-        config = replace(config, routing="prompt", max_active=max(config.max_active, EXPERTS))
+    if method == "ogp-named":
+        config = replace(config, routing="named")
     elif method == "ogp-uncut":
         config = replace(config, held_rank=None)
     elif method == "ogp-shared":

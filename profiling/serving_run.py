@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ogpstream.learner import IdleLoop, Sample
 from ogpstream.learner.report import LoopStatus, SampleReport
-from ogpstream.memory.adapters import Served
+from ogpstream.memory.served import Served
 from ogpstream.profiling.bench_report import Row
 from ogpstream.profiling.load import Reply, Request, Server, arrivals
 
@@ -148,8 +148,7 @@ def moved(served: Served, device: torch.device) -> Served:
         return result
 
     packs = tuple(replace(pack, A=move(pack.A), B=move(pack.B), scale=move(pack.scale)) for pack in served.packs)
-    parts = None if served.parts is None else tuple(moved(part, device) for part in served.parts)
-    return replace(served, packs=packs, parts=parts, made_of=None)
+    return replace(served, packs=packs, made_of=None)
 
 
 def _on_host(reply: Reply) -> Reply:

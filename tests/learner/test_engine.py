@@ -14,7 +14,7 @@ import transformers as tf
 from torch import Tensor
 
 from ogpstream.learner import GenerateEngine, IdleLoop, LearnerConfig, LoopEngine, Sample, StreamLearner
-from ogpstream.memory.adapters import Served
+from ogpstream.memory.served import Served
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 

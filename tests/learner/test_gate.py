@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ogpstream.learner import BatchingEngine, ConfigError, IdleLoop, LearnerConfig, Sample, StateError, StreamLearner
 from ogpstream.learner.errors import ModelError
-from ogpstream.memory.adapters import Served
+from ogpstream.memory.served import Served
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 
@@ -323,7 +323,9 @@ def test_what_was_found_goes_with_a_cache(llama: StreamLearner) -> None:
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_variants_are_of_one_version(llama: StreamLearner) -> None:
+def test_variants_are_of_one_version(tiny_model: TinyModel) -> None:
+    config = LearnerConfig(rank=3, lr=0.05, warm_start=False, routing="named")
+    llama = StreamLearner(tiny_model("llama"), config=config)
     llama.add_expert("law")
     llama.activate({"default": 1.0, "law": 1.0})
     _teach(llama, expert="law", topic=1)

@@ -235,7 +235,7 @@ def test_a_prompt_over_the_budget_is_cut_before_it_is_acknowledged(tiny_model: T
     assert (len(record["ids"]), record["cut"]) == (report.tokens, report.cut)
     assert record["prompt_length"] == report.tokens - 9
     # one line that says the bytes and the remedy
-    with pytest.raises(SampleError, match=r"800 tokens, which need \d{7} bytes .* budget of 2097152; set a.* to 5 "):
+    with pytest.raises(SampleError, match=r"800 tokens, which need \d{7} bytes .* budget of 2097152; set a.* to 4 "):
         learner.learn_one(_sample(1, 5, 800))
     (refused,) = learner.learn_batch([_sample(2, 5, 800)], refuse=True)
     assert refused.status == "rejected" and "activation_budget_mib" in (refused.reason or "")

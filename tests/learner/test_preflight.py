@@ -1,6 +1,7 @@
 """Predicted peaks against counted ones, the choice by the budget, and the longest sample that fits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from ogpstream.memory.experts import Held
 TinyModel = Callable[..., tf.PreTrainedModel]
 
 LAYERS, POSITIONS = 5, 1024
-CONFIG = LearnerConfig(rank=3, max_active=2, held_rank=2, loss_chunk=16)
+CONFIG = LearnerConfig(rank=3, max_active=2, held_rank=2, loss_chunk=16, routing="named")
 
 
 class Bench:
@@ -154,7 +155,7 @@ def test_the_first_plan_within_the_budget_is_chosen_and_the_smallest_where_none_
 
 def _preflight(tiny_model: TinyModel, **changes: Any) -> Preflight:
     model = tiny_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=POSITIONS)
-    return Bench(model, LearnerConfig(rank=3, max_active=2, held_rank=2, loss_chunk=16, **changes)).preflight
+    return Bench(model, replace(CONFIG, **changes)).preflight
 
 
 def test_by_default_a_small_model_keeps_everything(tiny_model: TinyModel) -> None:

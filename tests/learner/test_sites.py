@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.errors import ConfigError, ModelError, StateError
 from ogpstream.learner.sites import AdaptedLinear, Attachment, attach
-from ogpstream.memory.adapters import AdapterStore, Served
+from ogpstream.memory.adapters import AdapterStore
 from ogpstream.memory.experts import Held
+from ogpstream.memory.served import Served
 
 TinyModel = Callable[..., tf.PreTrainedModel]
 

@@ -222,7 +222,7 @@ def test_a_dropped_update_leaves_nothing(tiny_model: TinyModel, mode: str) -> No
 
 
 def test_only_active_experts_are_resident(tiny_model: TinyModel) -> None:
-    learner = _learner(tiny_model, "resident")
+    learner = _learner(tiny_model, "resident", routing="named")
     learner.add_expert("third")
     resident = learner._updater.staging
     assert isinstance(resident, Resident)

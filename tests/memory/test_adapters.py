@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 
 from ogpstream.memory import adapters
-from ogpstream.memory.adapters import AdapterStore, Served, UnknownExpert
+from ogpstream.memory.adapters import AdapterStore, UnknownExpert
 from ogpstream.memory.experts import Expert, Held
 from ogpstream.memory.layout import Layout, SiteShape
+from ogpstream.memory.served import Served
 
 SITES = (
     SiteShape("q", 12, 20, "x"),

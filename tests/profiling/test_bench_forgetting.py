@@ -63,11 +63,11 @@ def test_all_methods_get_a_row_with_all_fields(arguments, tmp_path):
         assert row["acc"] == sum(last) / 2 and row["bwt"] == last[0] - row["accuracies"][0][0]
         assert 0 <= row["stickiness"] <= 1 and row["prequential_loss"] > 0 and row["update_ms_p50"] > 0
         assert row["lr"] == {"ogp-literal": 1e-4, "osf": 2e-4}.get(method, 2e-3 if method.startswith("ogp") else 1e-3)
-        assert (row["coverage"] > 0) == (method in ("ogp", "ogp-routed", "ogp-uncut", "ogp-shared"))
+        assert (row["coverage"] > 0) == (method in ("ogp", "ogp-named", "ogp-uncut", "ogp-shared"))
     # 8 samples with one more evaluation each and 2 idle updates of two; the ring begins empty for some
     for method in ("sequential", "replay16", "ewc", "si", "olora", "osf"):
         assert by_method[method]["grad_evals"] == 8 * 2 + 4
-    for method in ("ogp", "ogp-routed", "ogp-uncut", "ogp-shared", "replay1", "agem", "derpp", "mer"):
+    for method in ("ogp", "ogp-named", "ogp-uncut", "ogp-shared", "replay1", "agem", "derpp", "mer"):
         assert by_method[method]["grad_evals"] == 8 * 2 + 4 - 1
     written = list(csv.DictReader((tmp_path / "out" / "forgetting.csv").open()))
     assert [float(row["acc"]) for row in written] == [row["acc"] for row in rows]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ogpstream.learner import LearnerConfig, StreamLearner
 from ogpstream.learner.report import LoopStatus, Pace, SampleReport
-from ogpstream.memory.adapters import Pack, Served
+from ogpstream.memory.served import Pack, Served
 from ogpstream.profiling import bench_serving
 from ogpstream.profiling.bench import register
 from ogpstream.profiling.load import Server, arrivals, waits

@@ -1,14 +1,14 @@
 from dataclasses import replace
 
 from ogpstream.learner import LearnerConfig
-from ogpstream.profiling.methods import EXPERTS, METHODS, OURS, method_config
+from ogpstream.profiling.methods import METHODS, OURS, method_config
 
 EQUAL = LearnerConfig(ring_samples=7, seed=3, rank=4)
 
 
 def test_ours_differ_from_the_defaults_by_what_their_name_says():
     assert method_config("ogp", EQUAL) == EQUAL
-    assert method_config("ogp-routed", EQUAL) == replace(EQUAL, routing="prompt", max_active=EXPERTS)
+    assert method_config("ogp-named", EQUAL) == replace(EQUAL, routing="named")
     assert method_config("ogp-uncut", EQUAL) == replace(EQUAL, held_rank=None)
     assert method_config("ogp-shared", EQUAL) == replace(EQUAL, basis_scope="shared")
     # as the specification has it, with what was set for all methods
