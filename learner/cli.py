@@ -26,6 +26,7 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import ConfigError, OgpStreamError, StateError
 from ogpstream.learner.options import check_same, read_experts, read_settings, read_texts
 from ogpstream.learner.pace import check_budget
+from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.terminal import LearnProgress, busy, learn_summary, log_to_stderr, status_table, tell
 
 if TYPE_CHECKING:
@@ -190,24 +191,29 @@ def rollback(
 def export(
     state: State,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the adapter, as PEFT reads it.")],
-    expert: Annotated[str, typer.Option(help="The expert to write.")] = "default",
+    expert: Annotated[str | None, typer.Option(help="The expert to write, alone; without it all of them: default in "
+                                               "DIR, each other one in DIR/NAME, as PEFT has them.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
     model: Model = None,
     as_json: AsJson = False,
     device: Device = None,
 ) -> int:
-    """Write an expert as one LoRA adapter that PeftModel.from_pretrained loads."""
+    """Write experts as LoRA adapters that PeftModel.from_pretrained loads."""
     log_to_stderr()
     meta = _needed(state)
     if not force and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty: choose another --out, or give --force to replace an adapter there")
     learner = _resume(state, meta, model=model, device=device)
     try:
-        learner.export_peft(out, expert, replace=force)
-        fields = {"out": str(out), "expert": expert, "version": learner.version}
+        names = learner.experts if expert is None else (expert,)
+        if expert is None:
+            learner.export_experts(out, replace=force)
+        else:
+            learner.export_peft(out, expert, replace=force)
+        fields = {"out": str(out), "expert": expert or DEFAULT_EXPERT, "experts": names, "version": learner.version}
     finally:
         learner.close()
-    _answer(fields, as_json, f"wrote expert {expert} of version {fields['version']} to {out}")
+    _answer(fields, as_json, f"wrote {', '.join(names)} of version {fields['version']} to {out}")
     return 0
 
 

@@ -420,6 +420,18 @@ class StreamLearner:
         """
         return self._roster.export_peft(folder, expert, replace=replace)
 
+    def export_experts(self, folder: str | os.PathLike[str], *, replace: bool = False) -> tuple[Path, ...]:
+        """Write every expert as `export_peft` does, as PEFT lays out several adapters: `default` in the folder itself,
+        each other one in a folder of its name inside. Returns the folders.
+
+        Args:
+            replace: the adapters that are there; anything else never is.
+
+        Raises:
+            StateError: the folder is not empty, or cannot be written.
+        """
+        return self._roster.export_experts(folder, replace=replace)
+
     def import_peft(self, folder: str | os.PathLike[str], expert: str) -> None:
         """Take an adapter that was trained elsewhere as a new expert; it keeps its rank and can be trained on.
 

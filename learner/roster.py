@@ -72,6 +72,13 @@ class Roster:
                                      f"{state.counters.learned} samples that were learned by all experts together")
         return Path(folder)
 
+    def export_experts(self, folder: str | os.PathLike[str], *, replace: bool) -> tuple[Path, ...]:
+        """See `StreamLearner.export_experts`."""
+        places = {DEFAULT_EXPERT: Path(folder)}
+        # behind the first one, which replaces the whole folder
+        places |= {name: Path(folder, name) for name in self.names if name != DEFAULT_EXPERT}
+        return tuple(self.export_peft(place, name, replace=replace) for name, place in places.items())
+
     def import_peft(self, folder: str | os.PathLike[str], name: str) -> None:
         """See `StreamLearner.import_peft`."""
         self._check_new(name)

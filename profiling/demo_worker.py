@@ -42,7 +42,7 @@ class Job:
         state_dir: journal and snapshots; None keeps the state in memory.
         calibration: texts for the warm start; None for the model's own samples.
         held_out: texts that retention is measured on.
-        adapter: folder for the PEFT export, or None.
+        adapter: folder for the PEFT export of all experts, or None.
         scored: before the stream and after each domain; else it only learns.
     """
 
@@ -115,7 +115,7 @@ def work(job: Job) -> None:
     retention = probe.measure() if job.scored else None
     everywhere = probe.measure(everywhere=True) if job.scored else None
     if job.adapter is not None:
-        learner.export_peft(job.adapter, replace=True)
+        learner.export_experts(job.adapter, replace=True)
     _write(job.result, {
         "tasks": [task.name for task in tasks], "before": before, "rows": run.rows, "points": run.points,
         "updates": run.learned, "update_ms_p50": run.update_ms_p50, "grad_evals": learner.state.counters.gradients,

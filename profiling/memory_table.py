@@ -39,18 +39,18 @@ MODELS: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {
 
 
 def linear_row(linear: Linear) -> str:
-    """The row of one linear: R packed columns of two experts, and bytes."""
+    """The row of one linear: R packed columns of an expert, and bytes."""
     d_in, d_out, rank, tokens = linear
     lean = {optimizer: _one_layer(linear, optimizer).learning_state for optimizer in ("adam", "sgd")}
-    # of two experts with held parts of the default rank, in multiples of 16
-    columns = -(-2 * (rank + HELD) // 16) * 16
+    # with a held part of the default rank, in multiples of 16
+    columns = -(-(rank + HELD) // 16) * 16
     values = (d_in, d_out, rank, columns, tokens, lean["adam"], lean["sgd"], 12 * rank * (d_in + d_out),
               2 * columns * (d_in + d_out))
     return "| " + " | ".join(f"{value:,}" if value > 99_999 else str(value) for value in values) + " |"
 
 
 def model_row(name: str) -> str:
-    """The row of one model: MB of learning state, MiB of activations and of each serving copy."""
+    """The row of one model: MB of learning state, MiB of activations and of the serving copies."""
     architecture, changes = MODELS[name]
     lean, resident = (measure_update(architecture, LearnerConfig(**changes, learning_state=mode), tokens=1024, rows=512)
                       for mode in ("lean", "resident"))
@@ -61,12 +61,12 @@ def model_row(name: str) -> str:
 def tables() -> Iterator[tuple[str, list[str]]]:
     """(name, lines) of each table."""
     yield "linears", [
-        "| D_in | D_out | r | R | T | lean, Adam | lean, SGD | resident, one expert | serving copy |",
+        "| D_in | D_out | r | R | T | lean, Adam | lean, SGD | resident, one expert | serving copy, one expert |",
         "|---|---|---|---|---|---|---|---|---|",
         *map(linear_row, LINEARS),
     ]
     yield "models", [
-        "| model, T 1024, 512 supervised | lean, Adam | resident, Adam | activations | serving copy |",
+        "| model, T 1024, 512 supervised | lean, Adam | resident, Adam | activations | serving copies, two experts |",
         "|---|---|---|---|---|",
         *map(model_row, MODELS),
     ]

@@ -196,6 +196,7 @@ def test_of_many_cut_samples_the_first_are_told(place, run, tmp_path, monkeypatc
 def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_path):
     code, out, err = run("export", "--state", copy, "--out", tmp_path / "adapter", "--json")
     assert (code, err) == (0, []) and json.loads(out[0])["expert"] == "default"
+    assert json.loads(out[0])["experts"] == ["default"]
     card = (tmp_path / "adapter" / "README.md").read_text()
     rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
     version = json.loads(out[0])["version"]

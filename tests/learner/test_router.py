@@ -1,5 +1,6 @@
 """Routing by prompt: a new expert after a drift, samples that go where their prompts are answered, frozen experts."""
 
+import functools
 import logging
 import random
 from collections import Counter
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft import PeftModel
 
 from ogpstream.learner import Sample, StreamLearner
-from ogpstream.learner.errors import ConfigError
+from ogpstream.learner.errors import ConfigError, StateError
 from ogpstream.memory.adapters import AdapterStore
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -337,6 +339,43 @@ def test_a_frozen_expert_by_name_learns_nothing_either(make: MakeLearner) -> Non
     assert learner.state.counters.gradients == gradients
     learner.unfreeze("default")
     assert learner.learn_one(_sample(0, 101)).status == "learned"
+
+
+def test_all_experts_are_exported_as_peft_lays_them_out(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path
+                                                        ) -> None:
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0, 1))
+    folders = learner.export_experts(tmp_path / "out")
+    assert folders == (tmp_path / "out", tmp_path / "out" / "default-2")
+    for name, folder in zip(learner.experts, folders, strict=True):
+        tuned = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=1), folder)
+        ids = torch.tensor([list(_prompt(0, 1))])
+        with torch.no_grad(), learner.attachment.binding.using(learner.state.store.served, frozenset([name])):
+            torch.testing.assert_close(tuned(input_ids=ids).logits, learner.model(input_ids=ids).logits,
+                                       atol=1e-5, rtol=1e-5)
+    with pytest.raises(StateError, match="holds an adapter already"):
+        learner.export_experts(tmp_path / "out")
+    learner.export_experts(tmp_path / "out", replace=True)
+
+
+def test_several_experts_cannot_be_served_to_all(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """One may, and what the journal holds is applied with prompts looked at before."""
+    for count, folder in ((20, "one"), (60, "two")):
+        learner = make(state_dir=tmp_path / folder, **ROUTED)
+        learner.learn_batch(_stream(0, 1, count=count))
+        sha = learner.state_sha256()
+        learner.queue.applier.folder.close()
+        learner.queue.close()
+        learner.attachment.detach()
+        load = functools.partial(StreamLearner.load_state, tmp_path / folder, tiny_model("llama", num_hidden_layers=1))
+        if len(learner.experts) > 1:
+            with pytest.raises(ConfigError, match="default, default-2 have learned prompts of their own"):
+                load(served_to="all")
+            assert load().state_sha256() == sha
+            continue
+        again = load(served_to="all")
+        assert again.state_sha256() == sha and again.answering([90, 91]) == ("default",)
+        again.close()
 
 
 def test_wrong_use_is_told(make: MakeLearner) -> None:

@@ -1,4 +1,4 @@
-"""Packs of single experts: what is on the device, what comes back when it is asked for, and versions that share them."""
+"""Packs of single experts: what is on the device, what comes back when asked for, and versions that share them."""
 
 import gc
 from collections.abc import Callable, Sequence

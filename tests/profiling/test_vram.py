@@ -128,7 +128,8 @@ def _made(model: tf.PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tu
     monkeypatch.setattr(update, "staging_for", lambda device, *_, **__: _Brought(device, alone=False))
     attachment = attach(model, rank=3, target_modules=targets)
     state = LearnerState.fresh(attachment, config)
-    state.store = AdapterStore(attachment.shapes, serve_dtype=model.dtype, device=model.device, multiple=16)
+    state.store = AdapterStore(attachment.shapes, serve_dtype=model.dtype, device=model.device, multiple=16,
+                               apart=2)
     vram.fill_state(state, config, 2, 5)
     updater = Updater(attachment, state.store, state.protection, config)
     updater.publish()
