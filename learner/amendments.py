@@ -35,12 +35,6 @@ def enter(amendment: Record, record: Record) -> None:
             record["route"] = amendment["expert"]
 
 
-def expert_of(record: Record) -> str:
-    """Who learns the sample of a record."""
-    name: str = record["route"] if "route" in record else record["expert"]
-    return name
-
-
 def limited(lesson: Lesson, record: Record, update: int, bos: int | None) -> Lesson:
     """A lesson within the tokens that are left to one update of a record."""
     tokens = min((tokens for done, tokens in record.get("limits", ()) if done <= update), default=None)

@@ -181,7 +181,7 @@ class Applier:
                 else:
                     yield from self._routed(record, name)
             try:
-                self.router.make(self._expert(record))
+                yield from self.router.make(self._expert(record))
                 return self._expert(record)
             except torch.OutOfMemoryError:
                 # what was computed is held by the exception, so room is made after this block
@@ -196,7 +196,8 @@ class Applier:
         if self._is_routed(record) and "route" not in record:
             # it was begun before a restart, and no choice was journaled
             return self.state.routes.newest
-        return amendments.expert_of(record)
+        name: str = record["route"] if "route" in record else record["expert"]
+        return name
 
     def _is_routed(self, record: Record) -> bool:
         return self.config.routes and record["expert"] == DEFAULT_EXPERT
@@ -207,7 +208,7 @@ class Applier:
     def _contradicted(self, record: Record) -> list[int]:
         """Numbers of the samples with the prompt of a record's sample and another answer, of who answers it."""
         ids, length = record["ids"], record["prompt_length"]
-        experts = self.state.store.active if self._is_routed(record) else [self._expert(record)]
+        experts = self.state.store.active if self._is_routed(record) else [record["expert"]]
         return sorted({place.get(slot).uid for place in self._rings for expert in experts
                        for slot in place.contradicting(ids, length, expert=expert)})
 

@@ -115,7 +115,7 @@ class Assembly:
         """With the state of a folder: the newest valid snapshot, and the journal after it applied.
 
         Args:
-            served_to: in place of what the state says; who learns what stays as it was.
+            served_to: in place of what the state says, from now on.
 
         Raises:
             ConfigError: several experts, each for prompts of its own, cannot answer all prompts.
@@ -123,20 +123,23 @@ class Assembly:
         folder = StateFolder(state_dir)
         try:
             snapshot = folder.load()
-            config = LearnerConfig.from_dict(snapshot.meta["config"])
-            if served_to is not None and served_to != config.served_to:
-                if config.routes:
-                    folder.close()
-                    cls._settle_routes(state_dir, model, tokenizer)
-                    folder = StateFolder(state_dir)
-                    snapshot = folder.load()
-                config = replace(config, served_to=served_to, routing="named")
+            saved = LearnerConfig.from_dict(snapshot.meta["config"])
+            config = saved if served_to is None else replace(saved, served_to=served_to)
+            if config.routes != saved.routes:
+                # what is in the journal was learned by the expert that was chosen then
+                folder.close()
+                cls._settle(state_dir, model, tokenizer, alone=saved.routes)
+                folder = StateFolder(state_dir)
+                snapshot = folder.load()
             parts = cls(model, tokenizer, config)
             parts.queue.applier.folder = folder
             try:
                 parts.queue.applier.restore(snapshot.tensors, snapshot.meta)
                 parts.queue.enqueue(folder.records(parts.state.position.seq))
                 exhausted(parts.queue.drain())
+                if config != saved:
+                    # the journal behind it is one of this configuration
+                    parts.versions.save()
             except BaseException:
                 parts.attachment.detach()
                 raise
@@ -146,13 +149,17 @@ class Assembly:
         return parts
 
     @classmethod
-    def _settle_routes(cls, state_dir: str | os.PathLike[str], model: PreTrainedModel,
-                       tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Apply what the journal holds while prompts are looked at, and save it."""
+    def _settle(cls, state_dir: str | os.PathLike[str], model: PreTrainedModel,
+                tokenizer: PreTrainedTokenizerBase | None, *, alone: bool) -> None:
+        """Apply what the journal holds as it is served by now, and save it.
+
+        Args:
+            alone: an expert answers a prompt alone, and is not to any more.
+        """
         parts = cls.load(state_dir, model, tokenizer)
         try:
             names = parts.state.store.names
-            if len(names) > 1:
+            if alone and len(names) > 1:
                 raise ConfigError(f"the experts {', '.join(names)} have learned prompts of their own each, and cannot "
                                   "all answer every prompt: leave served_to at 'scope', or learn with it at 'all'")
             parts.versions.save()

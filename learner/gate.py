@@ -9,7 +9,7 @@ the id that it ends with; `StreamLearner.pinned` names it where that may fail.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,11 +35,18 @@ class Found:
         answering: the experts that answer each row.
         texts: the ids of each row without padding, all that the cache holds of it; empty where that is not known.
         length: columns of the cache that they fill.
+        mixed: where rows differ, the version and what it makes of them, for the next token: with more kinds of rows
+            than there are experts on the device they would be brought for each.
     """
 
     answering: Sequence[frozenset[str]]
     texts: Sequence[Sequence[int]] = ()
     length: int = 0
+    mixed: list[tuple[Served, tuple[Share, ...]]] = field(default_factory=list, compare=False, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Found:
+        # a copy of a cache was filled by the same
+        return self
 
     def repeated(self, rows: int) -> Found:
         """For a batch whose cache has each row several times, one after the other."""
@@ -92,7 +99,11 @@ class Gate:
         else:
             texts = _texts(ids, inputs.get("attention_mask"))
             found = Found([self.answering(served, text) for text in texts], texts, ids.shape[1])
-        return self._shares(served, found.answering, ids.device), found
+        if found.mixed and found.mixed[0][0] is served:
+            return found.mixed[0][1], found
+        shares = self._shares(served, found.answering, ids.device)
+        found.mixed[:] = [(served, shares)] if len(set(found.answering)) > 1 else []
+        return shares, found
 
     def answering(self, served: Served, ids: Sequence[int]) -> frozenset[str]:
         """The experts of a version that answer a prompt."""

@@ -75,8 +75,8 @@ class StreamLearner:
         """Continue from a state folder: newest valid snapshot, then the journal after it.
 
         Args:
-            served_to: which prompts the experts answer from now on, in place of what the state says; not "all" where
-                several experts were routed to by prompt. Until it is loaded so again, no more experts are made.
+            served_to: which prompts the experts answer from now on, in place of what the state says, and in
+                its next snapshots; not "all" where there are several experts, each for prompts of its own.
 
         Raises:
             ConfigError: `served_to` does not fit.
@@ -386,7 +386,7 @@ class StreamLearner:
         """Serve exactly these experts, with these gates.
 
         Raises:
-            ConfigError: one is unknown, or they are more than `max_active`.
+            ConfigError: one is unknown, or prompts are not routed and they are more than `max_active`.
         """
         self._roster.activate(gates)
 

@@ -79,7 +79,7 @@ def export_adapter(
             R may differ between sites; the folder has the largest one.
         base_model_name: path or id of the base model, written into the adapter's configuration.
         about: what the model card says of where the adapter comes from.
-        replace: an adapter that is there.
+        replace: an adapter that is there. Those in folders inside of it stay.
 
     Raises:
         StateError: the folder holds something else than an adapter, or cannot be written.
@@ -133,9 +133,16 @@ def export_adapter(
                 if replaces:
                     old.rename(target)
                 raise
+            for other in adapters_in(old) if replaces else ():
+                other.rename(target / other.name)
     except OSError as error:
         raise StateError(f"cannot write the adapter to {folder}: {error.strerror or error}; choose another "
                          "folder") from error
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """The folders of adapters inside a folder, which may be one too."""
+    return [inner for inner in folder.iterdir() if (inner / _CONFIG).is_file()]
 
 
 def _card(base: str, config: LoraConfig, about: str) -> str:

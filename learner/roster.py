@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Roster:
     def activate(self, gates: Mapping[str, float]) -> None:
         """See `StreamLearner.activate`."""
         unknown = sorted(set(gates) - set(self.names))
-        most = self._config.served_at_once
+        most = self._config.most_active or len(self.names)
         if unknown or not 0 < len(gates) <= most:
             raise ConfigError(f"cannot serve {', '.join(gates) or 'nothing'}: give 1 to {most} of "
                               f"{', '.join(self.names)}")
@@ -75,9 +76,13 @@ class Roster:
     def export_experts(self, folder: str | os.PathLike[str], *, replace: bool) -> tuple[Path, ...]:
         """See `StreamLearner.export_experts`."""
         places = {DEFAULT_EXPERT: Path(folder)}
-        # behind the first one, which replaces the whole folder
         places |= {name: Path(folder, name) for name in self.names if name != DEFAULT_EXPERT}
-        return tuple(self.export_peft(place, name, replace=replace) for name, place in places.items())
+        written = tuple(self.export_peft(place, name, replace=replace) for name, place in places.items())
+        for other in peft_io.adapters_in(Path(folder)):
+            if other not in written:
+                # of an expert that there was in an earlier export
+                shutil.rmtree(other)
+        return written
 
     def import_peft(self, folder: str | os.PathLike[str], name: str) -> None:
         """See `StreamLearner.import_peft`."""

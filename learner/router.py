@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.folder import Record
@@ -19,7 +21,8 @@ from ogpstream.learner.routes import FITS, WELL
 from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
-from ogpstream.memory.replay import Slot
+from ogpstream.memory.replay import ReplayRing
+from ogpstream.memory.units import named
 
 _log = logging.getLogger(__name__)
 
@@ -92,40 +95,62 @@ class Router:
         served = [slot for slot in asked if slot.expert in state.store.active]
         return max(served, key=lambda slot: slot.uid).expert if served else None
 
-    def make(self, name: str) -> None:
-        """Make the expert if there is none of this name; the samples since the drift began are its own from now on.
+    def make(self, name: str) -> Generator[str, None, None]:
+        """Make the expert if there is none of this name; the samples that raised the drift are its own from now on.
 
         Raises:
             torch.OutOfMemoryError: there is no room for a version with it; there is none.
         """
-        state, store = self._state, self._state.store
+        state, store, binding = self._state, self._state.store, self._updater.attachment.binding
         if name in store.names:
             return
-        self._operations.adopt(name, self._config.rank, self._config.scaling)
         try:
-            self._operations.serve({**store.active, name: 1.0})
-        except torch.OutOfMemoryError:
-            store.remove(name)
+            # what may fail for want of memory comes before anything is changed
+            moving = self._described([number for number in state.routes.since if self._holds(number)])
+            self._operations.adopt(name, self._config.rank, self._config.scaling)
+            active = {**store.active, name: 1.0}
+            building = store.building(active, {own: store.expert(own) for own in active})
+            served = yield from named("publish", building)
+        except BaseException:
+            if name in store.names:
+                store.remove(name)
             raise
-        for number in state.routes.since:
-            self._hand_over(number, name)
+        store.activate(name)
+        for number, description in moving.items():
+            self._hand_over(number, name, description)
+        # the scope that it is looked up in is of the version
+        store.served = binding.served = replace(served, scope=store.scope)
         state.routes = state.routes.begun(name)
         _log.info("what is learned has changed: the expert %r begins", name)
 
-    def _hand_over(self, number: int, name: str) -> None:
-        """A sample that is at hand becomes one of another expert, which answers its prompt."""
-        state, describer = self._state, self._updater.describer
+    def _holds(self, number: int) -> bool:
+        """Whether a sample of an expert that learns is at hand."""
+        state = self._state
+        held = [place.get(slot) for place in self._places if (slot := place.find(number)) is not None]
+        return any(slot.expert not in state.frozen for slot in held)
+
+    @property
+    def _places(self) -> tuple[ReplayRing, ReplayRing]:
+        return self._state.ring, self._state.waiting
+
+    def _described(self, numbers: Sequence[int]) -> dict[int, tuple[list[int], Tensor]]:
+        """Prompts of samples at hand, with their descriptions."""
+        describer, found = self._updater.describer, {}
         assert describer is not None
-        moved: Slot | None = None
-        for place in (state.ring, state.waiting):
-            slot = place.find(number)
-            if slot is not None and place.get(slot).expert not in state.frozen:
-                moved = place.get(slot)
+        for number in numbers:
+            held = next(place.get(slot) for place in self._places if (slot := place.find(number)) is not None)
+            prompt = held.ids[: held.prompt_length].tolist()
+            found[number] = prompt, describer(prompt, [len(prompt)])[0]
+        return found
+
+    def _hand_over(self, number: int, name: str, description: tuple[list[int], Tensor]) -> None:
+        """A sample that is at hand becomes one of another expert, which answers its prompt."""
+        store, before = self._state.store, name
+        for place in self._places:
+            if (slot := place.find(number)) is not None:
+                before = place.get(slot).expert
                 place.hand_over(slot, name)
-        if moved is not None:
-            prompt = moved.ids[: moved.prompt_length].tolist()
-            described = describer(prompt, [len(prompt)])[0]
-            state.store.scope = state.store.scope.handed_over(prompt, described, moved.expert, name)
+        store.scope = store.scope.handed_over(*description, before, name)
 
     def _new_name(self) -> str:
         names, number = self._state.store.names, 2

@@ -89,7 +89,9 @@ class Routes:
             since = (*since, number)[-SINCE:] if step > 0 else since
         if not surge:
             return Routes(expert, losses, settled=losses)
-        return Routes(expert, losses, surge, since, self.settled)
+        # a young one grows up all the same, or nothing would ever bring the sum down again
+        settled = {**self.settled, expert: losses[expert]} if self.is_young(expert) else self.settled
+        return Routes(expert, losses, surge, since, settled)
 
     def begun(self, expert: str) -> Routes:
         """After a new expert was made: what has come since the drift began says nothing of the others."""

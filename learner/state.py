@@ -99,7 +99,7 @@ class LearnerState:
         vocabulary = model.config.get_text_config().vocab_size
         return cls(
             AdapterStore(shapes, dtype=torch.float64 if model.dtype == torch.float64 else torch.float32,
-                         serve_dtype=model.dtype, device=model.device, max_active=config.served_at_once,
+                         serve_dtype=model.dtype, device=model.device, max_active=config.most_active,
                          apart=_apart(model, config),
                          # 16 columns are the least that tensor cores multiply
                          multiple=1 if model.device.type == "cpu" else 16),

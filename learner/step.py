@@ -149,7 +149,9 @@ def _version(binding: Binding, alone: str | None) -> Served | None:
         return served
     names = served.scope.everywhere | {alone}
     # which keeps it for the next group, and for requests
-    return served.only(names) if binding.gate is None else binding.gate.only(served, names)
+    one = served.only(names) if binding.gate is None else binding.gate.only(served, names)
+    # every linear asks for its packs
+    return None if one is None else one.taken()
 
 
 def _padded(samples: Sequence[tuple[Sequence[int], int]], device: torch.device) -> Tensor:

@@ -114,9 +114,10 @@ class Updater:
             return Update(losses, trial.norms, tuple(False for _ in lessons), trial.refusal, activations=most)
 
         proposal, draft = trial.proposal, trial.draft
+        on_device = self.store.on_device
         self._commit(draft, trial.served, trial.scope)
         if proposal is not None:
-            self.staging.committed(expert, proposal.slabs, proposal.flats, self.store.on_device)
+            self.staging.committed(expert, proposal.slabs, proposal.flats, on_device)
         growth = draft.growth
         return Update(losses, trial.norms, trial.learned, None,
                       growth.admitted, growth.replaced, growth.pruned, most)

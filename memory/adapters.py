@@ -54,7 +54,7 @@ class AdapterStore:
         dtype: of masters and held parts (float32; float64 in exactness tests).
         serve_dtype: of the served copies; the masters' dtype if None.
         device: where the served copies live; masters stay in host RAM.
-        max_active: experts that are served at once; one more makes the least recently activated leave.
+        max_active: experts that are served at once; one more makes the least recently activated leave. None is all.
         apart: experts whose packs are on the device at once, each in packs of its own, so that a version that changes
             one of them takes no copy of the others; the packs of others are built when somebody computes with them.
             None has all active ones side by side, so that one product computes them all.
@@ -72,11 +72,11 @@ class AdapterStore:
         dtype: torch.dtype = torch.float32,
         serve_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        max_active: int = 2,
+        max_active: int | None = 2,
         apart: int | None = None,
         multiple: int = 1,
     ) -> None:
-        if max_active < 1 or multiple < 1:
+        if (max_active is not None and max_active < 1) or multiple < 1:
             raise ValueError(f"max_active is {max_active} and multiple {multiple}: both are at least 1")
         self.sites = Layout(sites, 1).sites
         self.dtype = dtype
@@ -104,7 +104,7 @@ class AdapterStore:
 
     @property
     def on_device(self) -> tuple[str, ...]:
-        """The active experts whose packs are on the serving device."""
+        """The experts whose packs are on the serving device."""
         return tuple(self._active) if self.served.parts is None or self.shelf is None else self.shelf.experts
 
     def layout(self, rank: int) -> Layout:
@@ -162,7 +162,7 @@ class AdapterStore:
         self.expert(name)
         self._check_gate(name, gate)
         others = [other for other in self._active if other != name]
-        surplus = max(0, len(others) + 1 - self.max_active)
+        surplus = 0 if self.max_active is None else max(0, len(others) + 1 - self.max_active)
         leaving = tuple(other for other in others if other not in pinned)[:surplus]
         if len(leaving) < surplus:
             raise ValueError(f"no place for expert {name!r}: all {self.max_active} active experts are pinned")
@@ -231,7 +231,7 @@ class AdapterStore:
         if self.shelf is None or len(active) < 2:
             packs, made_of = yield from self._packed(active, experts, self.served)
             return Served(number, tuple(active), tuple(active.values()), packs, made_of, scope or self.scope)
-        before = {part.expert.name: part for part in self.served.parts or ()}
+        before = {part.expert.name: part for part in self.served.parts or () if isinstance(part, Part)}
         parts: list[Part] = []
         for name, gate in active.items():
             part, last = Part(experts[name].copy(), gate, self.shelf), before.get(name)
@@ -347,7 +347,7 @@ class AdapterStore:
             entry["name"]: Expert.from_state_dict(tensors, entry, self.layout(entry["rank"]), self.dtype)
             for entry in meta["experts"]
         }
-        if len(active) > self.max_active or not active.keys() <= experts.keys():
+        if (self.max_active or len(active)) < len(active) or not active.keys() <= experts.keys():
             raise ValueError(f"the saved active experts {list(active)} do not fit: max_active is {self.max_active}")
         scope = Scope.from_state_dict({key.removeprefix("scope."): tensor for key, tensor in tensors.items()
                                        if key.startswith("scope.")}, meta["scope"])

@@ -17,7 +17,7 @@ from ogpstream.memory.room import Sources
 from ogpstream.memory.scope import Scope
 
 if TYPE_CHECKING:
-    from ogpstream.memory.shelf import Part
+    from ogpstream.memory.shelf import Part, Taken
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,18 @@ class Served:
     packs: tuple[Pack, ...]
     made_of: Sources | None = field(default=None, repr=False, compare=False)
     scope: Scope = field(default_factory=Scope, repr=False, compare=False)
-    parts: tuple[Part, ...] | None = field(default=None, repr=False, compare=False)
+    parts: tuple[Part | Taken, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def each(self) -> tuple[Served, ...]:
         """Versions with packs that together are this one, on the device now."""
         return (self,) if self.parts is None else tuple(part.served for part in self.parts)
+
+    def taken(self) -> Served:
+        """This version with all of its packs on the device for as long as somebody holds what is returned."""
+        if self.parts is None:
+            return self
+        return replace(self, parts=tuple(part.taken() for part in self.parts))
 
     def only(self, names: Collection[str]) -> Served:
         """This version without the other experts, or on a GPU with their gates at 0.

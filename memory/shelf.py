@@ -42,10 +42,26 @@ class Part:
         """
         return self.shelf.find(self)
 
+    def taken(self) -> Taken:
+        """This one, on the device for as long as somebody holds what is returned."""
+        return Taken(self.expert, self.gate, self.served)
+
     def is_like(self, other: Part) -> bool:
         """Whether the packs of both are the same."""
         return (self.gate == other.gate and self.expert.factors is other.expert.factors
                 and all(map(is_, self.expert.held, other.expert.held)))
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """A part with its packs."""
+
+    expert: Expert
+    gate: float
+    served: Served
+
+    def taken(self) -> Taken:
+        return self
 
 
 class Shelf:
@@ -65,12 +81,14 @@ class Shelf:
         self._lock = Lock()
 
     def __contains__(self, part: Part) -> bool:
-        return part in self._held
+        with self._lock:
+            return part in self._held
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names of those on it, the least recently used first."""
-        return tuple(dict.fromkeys(part.expert.name for part in self._held))
+        """Names of those on it, the last used first."""
+        with self._lock:
+            return self._names()
 
     def find(self, part: Part) -> Served:
         """The packs of a part, built if they are not on the shelf."""
@@ -96,9 +114,13 @@ class Shelf:
             self._make_room(part.expert.name)
             self._held[part] = packs
 
+    def _names(self) -> tuple[str, ...]:
+        # by the last use of any part of each: older versions may be held too
+        return tuple(dict.fromkeys(part.expert.name for part in reversed(list(self._held))))
+
     def _make_room(self, name: str) -> None:
         """Keep the last used experts, one less than there is room for; parts of one more name may come then."""
-        others = [other for other in reversed(self.experts) if other != name]
+        others = [other for other in self._names() if other != name]
         leaving = set(others[max(0, self._most - 1) :])
         for part in [part for part in self._held if part.expert.name in leaving]:
             del self._held[part]

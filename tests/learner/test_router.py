@@ -1,5 +1,6 @@
 """Routing by prompt: a new expert after a drift, samples that go where their prompts are answered, frozen experts."""
 
+import contextlib
 import functools
 import logging
 import random
@@ -14,6 +15,8 @@ import transformers as tf
 from peft import PeftModel
 
 from ogpstream.learner import Sample, StreamLearner
+from ogpstream.learner import state as state_module
+from ogpstream.learner.binding import GradientSink
 from ogpstream.learner.errors import ConfigError, StateError
 from ogpstream.memory.adapters import AdapterStore
 
@@ -39,11 +42,15 @@ def _stream(*domains: int, count: int = 60) -> Iterator[Sample]:
     return (_sample(domain, 1000 * place + seed) for place, domain in enumerate(domains) for seed in range(count))
 
 
-def _killed_and_loaded(learner: StreamLearner, tiny_model: TinyModel, state_dir: Path) -> StreamLearner:
-    """From the folder as it is, without a last snapshot."""
+def _abandon(learner: StreamLearner) -> None:
+    """Leave the folder as it is, without a last snapshot."""
     learner.queue.applier.folder.close()
     learner.queue.close()
     learner.attachment.detach()
+
+
+def _killed_and_loaded(learner: StreamLearner, tiny_model: TinyModel, state_dir: Path) -> StreamLearner:
+    _abandon(learner)
     return StreamLearner.load_state(state_dir, tiny_model("llama", num_hidden_layers=1))
 
 
@@ -364,9 +371,7 @@ def test_several_experts_cannot_be_served_to_all(make: MakeLearner, tiny_model: 
         learner = make(state_dir=tmp_path / folder, **ROUTED)
         learner.learn_batch(_stream(0, 1, count=count))
         sha = learner.state_sha256()
-        learner.queue.applier.folder.close()
-        learner.queue.close()
-        learner.attachment.detach()
+        _abandon(learner)
         load = functools.partial(StreamLearner.load_state, tmp_path / folder, tiny_model("llama", num_hidden_layers=1))
         if len(learner.experts) > 1:
             with pytest.raises(ConfigError, match="default, default-2 have learned prompts of their own"):
@@ -376,6 +381,113 @@ def test_several_experts_cannot_be_served_to_all(make: MakeLearner, tiny_model: 
         again = load(served_to="all")
         assert again.state_sha256() == sha and again.answering([90, 91]) == ("default",)
         again.close()
+
+
+def test_who_is_served_is_kept_with_what_is_learned_then(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path
+                                                         ) -> None:
+    """A kill behind the change is recovered under it, and back there are experts again."""
+    learner = make(state_dir=tmp_path / "state", **ROUTED)
+    learner.learn_batch(_stream(0))
+    learner.close()
+    load = functools.partial(StreamLearner.load_state, tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
+    everywhere = load(served_to="all")
+    everywhere.learn_batch(_stream(1, count=40))
+    assert everywhere.experts == ("default",)
+    sha = everywhere.state_sha256()
+    _abandon(everywhere)
+    again = load()
+    assert again.config.served_to == "all" and again.state_sha256() == sha
+    again.close()
+    routed = load(served_to="scope")
+    routed.learn_batch(_stream(0, 2))
+    assert routed.config.routes and len(routed.experts) > 1
+    routed.close()
+
+
+def test_named_experts_beyond_the_number_take_nobody_s_place(make: MakeLearner) -> None:
+    learner = make(**{**ROUTED, "experts": 2})
+    learner.learn_batch(_stream(0, 1))
+    for seed, name in enumerate(("law", "med")):
+        learner.add_expert(name)
+        learner.learn_one(_sample(2, seed, expert=name))
+    assert set(learner.state.store.active) == {"default", "default-2", "law", "med"}
+    assert _answered(learner, 0, "default") > 0.9
+
+
+def test_memory_that_runs_out_while_an_expert_is_made_leaves_nothing_of_it(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third description of the samples that it is to take over fails."""
+    learner, calls = make(state_dir=tmp_path / "state", **ROUTED), []
+    learner.learn_batch(_stream(0))
+    router = learner._applier.router
+    real = router._described
+
+    def described(numbers: list[int]) -> Any:
+        calls.append(numbers)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("injected")
+        return real(numbers)
+
+    monkeypatch.setattr(router, "_described", described)
+    for sample in _stream(1):
+        learner.learn_one(sample)
+        if calls:
+            break
+    assert calls and learner.experts == ("default",) and tuple(learner.state.store.active) == ("default",)
+    sha = learner.state_sha256()
+    again = _killed_and_loaded(learner, tiny_model, tmp_path / "state")
+    assert again.state_sha256() == sha
+    again.close()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_batch_of_more_experts_than_there_is_room_for_brings_each_once(
+    make: MakeLearner, monkeypatch: pytest.MonkeyPatch, pinned: bool
+) -> None:
+    monkeypatch.setattr(state_module, "_apart", lambda model, config: config.max_active)
+    learner, packed = make(**{**ROUTED, "experts": 4}), []
+    learner.learn_batch(_stream(0, 1, 2))
+    real = AdapterStore._packed
+
+    def watched(self: AdapterStore, active: dict[str, float], *rest: Any) -> Any:
+        packed.append(tuple(active))
+        return real(self, active, *rest)
+
+    monkeypatch.setattr(AdapterStore, "_packed", watched)
+    ids = torch.tensor([list(_prompt(domain, 9001)) for domain in range(3)])
+    assert len({learner.answering(row) for row in ids.tolist()}) == 3
+    with learner.pinned() if pinned else contextlib.nullcontext():
+        learner.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12,
+                               do_sample=False)
+    # once where the prompts are read, and once where the first token goes on
+    assert len(packed) <= 6
+
+
+def test_gradients_beside_packs_of_others_are_those_of_autograd(make: MakeLearner) -> None:
+    """Of an update beside adapters that answer everything: the packs of each are of its own."""
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0, 1))
+    served, site = learner.state.store.served, learner.attachment.sites[0].module
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, site.in_features, generator=generator, requires_grad=True)
+    grad = torch.randn(5, site.out_features, generator=generator)
+    y = x @ site.base_layer.weight.T
+    for one in served.each:
+        y = y + (x @ one.packs[0].A * one.packs[0].scale) @ one.packs[0].B
+    (wanted,) = torch.autograd.grad(y, x, grad)
+    binding = learner.attachment.binding
+    with binding.using(served):
+        torch.testing.assert_close(torch.autograd.grad(site(x), x, grad)[0], wanted)
+        for name in served.experts:
+            expert = learner.state.store.expert(name)
+            A, B = (part(0).clone().requires_grad_() for part in (expert.a, expert.b))
+            dA, dB = torch.autograd.grad(expert.scaling * (x.detach() @ A) @ B, (A, B), grad)
+            binding.sinks = (sink := GradientSink(expert.layout, name),)
+            torch.testing.assert_close(torch.autograd.grad(site(x), x, grad)[0], wanted)
+            binding.sinks = ()
+            torch.testing.assert_close(expert.layout.a(sink.slab, 0), dA)
+            torch.testing.assert_close(expert.layout.b(sink.slab, 0), dB)
 
 
 def test_wrong_use_is_told(make: MakeLearner) -> None:

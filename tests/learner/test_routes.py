@@ -104,11 +104,21 @@ def test_each_expert_is_judged_by_its_own() -> None:
     assert _seen([5.0] * 6, routes, expert="e").drifted and not _seen([5.0] * 6, routes, expert="f").drifted
 
 
-def test_an_expert_with_few_samples_leaves_a_drift_as_it_is() -> None:
+def test_an_expert_with_few_samples_leaves_a_drift_as_it_is_and_grows_up() -> None:
     routes = _seen([0.3] * 40 + [5.0] * 3)
-    young = _seen([0.2] * 10, routes, expert="f")
+    young = _seen([0.2] * (KNOWN - 1), routes, expert="f")
     assert (young.surge, young.since) == (routes.surge, routes.since) and young.surge > 0
-    assert len(young.losses["f"]) == 10 and "f" not in young.settled
+    grown = _seen([0.2] * 6, young, expert="f")
+    assert not grown.is_young("f") and grown.surge == 0
+
+
+def test_a_stray_sample_of_another_does_not_end_the_search_for_drifts() -> None:
+    rng = np.random.default_rng(0)
+    routes = _seen(rng.exponential(0.5, 100).tolist()).begun("f")
+    routes = _seen(rng.exponential(0.5, 8).tolist(), routes, expert="f")
+    routes = _seen([9.0], routes, expert="e")
+    routes = _seen(rng.exponential(0.5, 200).tolist(), routes, expert="f")
+    assert routes.surge < LIMIT and _seen([9.0] * 6, routes, expert="f").drifted
 
 
 @given(st.lists(st.tuples(st.sampled_from("ef"), st.floats(0, 20)), max_size=120))

@@ -1,6 +1,9 @@
 """Packs of single experts: what is on the device, what comes back when asked for, and versions that share them."""
 
 import gc
+import random
+import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -54,10 +57,61 @@ def test_only_the_last_used_ones_are_on_the_device() -> None:
     store = _store(2)
     for name in ("a", "b", "c", "a"):
         assert store.served.only([name]).experts == (name,)
-    assert store.on_device == ("c", "a")
+    assert store.on_device == ("a", "c")
     assert store.served.parts is not None
     on = [part.expert.name for part in store.served.parts if part in part.shelf]
     assert sorted(on) == ["a", "c"]
+
+
+def test_an_expert_that_was_used_last_stays_beside_its_older_version() -> None:
+    store = _store(2, ["a", "b", "c"])
+    old = store.served
+    old.only(["a"])
+    old.only(["b"])
+    store.expert("a").factors = _slab(store, 40)
+    store.publish()
+    store.served.only(["c"])
+    assert store.on_device == ("c", "a") and old.experts == ("a", "b", "c")
+
+
+def test_what_was_taken_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, built = _store(1), []
+    taken = store.served.only(["a", "b", "c"]).taken()
+    assert store.shelf is not None
+    monkeypatch.setattr(store.shelf, "_build", built.append)
+    wanted = taken.each
+    assert taken.each == wanted and taken.taken().each == wanted and not built
+
+
+def test_requests_and_updates_may_use_it_at_once() -> None:
+    store, failed, over = _store(2), [], threading.Event()
+
+    def ask(seed: int) -> None:
+        names = random.Random(seed)
+        try:
+            while not over.is_set():
+                name = names.choice(NAMES)
+                assert store.served.only([name]).experts == (name,)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for seed in range(60):
+            store.expert(NAMES[seed % 4]).factors = _slab(store, 100 + seed)
+            store.publish()
+            for _ in range(50):
+                assert len(store.on_device) <= 2
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(switch)
+    assert not failed
 
 
 def test_a_version_takes_the_parts_that_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
