@@ -14,9 +14,9 @@ from typing import Any
 
 # latest losses of an expert that are remembered, and how many of them say something
 WINDOW, KNOWN = 48, 32
-# nats; the limit is reached by chance once in 36,000 samples, and after 6 of another domain that are all higher than
-# the 48 before. With a slack of 1.5 it is 3 to 7 times; with 2 a domain that follows 60 samples of one that is only
-# half learned is noticed after 40 samples or not at all, and now after 20
+# nats; of losses that are drawn alike two in 400,000 reach the limit by chance, and it takes 6 of another domain that are
+# all higher than the 48 before. With a slack of 1.5 it is one in 10,000; with 2 a domain that follows 60 samples of one
+# that is only half learned is noticed after 40 samples or not at all, and now after 20
 SLACK, LIMIT = 1.75, 11.0
 # p from which on a sample is one of what an expert knows; and one that it knows as well as the half of them
 FITS, WELL = 0.05, 0.5
@@ -31,7 +31,7 @@ class Routes:
     """A part of the state of a learner.
 
     Attributes:
-        newest: the expert that learned the newest sample.
+        newest: the expert that learned the newest sample that named none, corrections of what was at hand aside.
         losses: by expert, of its latest samples before their own update, in nats per token.
         surge: the cumulative sum.
         since: numbers of the samples that raised it since it was 0, the latest ones.
