@@ -14,9 +14,9 @@ from typing import Any
 
 # latest losses of an expert that are remembered, and how many of them say something
 WINDOW, KNOWN = 48, 32
-# nats; of losses that are drawn alike two in 400,000 reach the limit by chance, and it takes 6 of another domain that are
-# all higher than the 48 before. With a slack of 1.5 it is one in 10,000; with 2 a domain that follows 60 samples of one
-# that is only half learned is noticed after 40 samples or not at all, and now after 20
+# nats; of losses that are drawn alike two in 400,000 reach the limit by chance, and six of another domain do that are
+# all higher than the 48 before. With a slack of 1.5 it is 3 to 8 in 36,000 (limits of 10 and 12); with 2 a domain after
+# 60 samples of one that is only half learned is noticed after 40 samples or not at all, and now after 20
 SLACK, LIMIT = 1.75, 11.0
 # p from which on a sample is one of what an expert knows; and one that it knows as well as the half of them
 FITS, WELL = 0.05, 0.5
