@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ogpstream.memory.owners import Owners
 from ogpstream.memory.pinned import host_zeros
 
 Keep = Literal["recent", "reservoir", "balanced"]
 Draw = Literal["uniform", "loss", "gradient_norm"]
 
-# part of the ring that all experts share evenly, whatever comes: with five of them and 128 slots 6 for each
-_REST = 0.25
-# share of the newest samples that an expert counts for at least
-_LEAST = 1e-9
 # a priority counts for a tenth of the mean or more, so that every sample keeps 1/11 of its uniform chance
 _FLOOR = 0.1
 _DRAWS, _RESERVOIR = 1, 2
@@ -113,11 +110,7 @@ class ReplayRing:
         self._columns = {key: np.zeros(capacity, dtype) for key, dtype in _COLUMNS.items()}
         # of each used slot: samples of its expert in the ring that have its completion
         self._alike = np.zeros(capacity, np.int64)
-        self._experts: list[str] = []
-        # of each of them: samples that were offered, and how many of the newest, by a mean that fades over as many
-        # samples as there are slots
-        self._offered: list[int] = []
-        self._recent: list[float] = []
+        self._owners = Owners(capacity)
         # the keys are the used slots, the oldest first: unlike a dict, O(1) at both ends
         self._order: OrderedDict[int, None] = OrderedDict()
         self._free = list(range(capacity - 1, -1, -1))
@@ -157,10 +150,7 @@ class ReplayRing:
         if not 0 <= uid <= _INT64_MAX or uid in self._by_uid:
             raise ValueError(f"uid {uid} is in the ring already or outside int64: number each sample once")
         self.seen += 1
-        completion, owner = _hash(tokens[prompt_length:]), self._number(expert)
-        self._recent = [share * (1 - 1 / self.capacity) for share in self._recent]
-        self._recent[owner] += 1 / self.capacity
-        self._offered[owner] += 1
+        completion, owner = _hash(tokens[prompt_length:]), self._owners.sent(expert)
         alike = self._group(completion, owner)
         offered = 1 + int(self._columns["offered"][alike].max(initial=0))
         self._columns["offered"][alike] = offered
@@ -191,7 +181,7 @@ class ReplayRing:
             slot=slot,
             ids=torch.from_numpy(self._ids[slot, : row["length"]].astype(np.int64)),
             prompt_length=row["prompt_length"],
-            expert=self._experts[row["expert"]],
+            expert=self._owners.names[row["expert"]],
             uid=row["uid"],
             loss=None if np.isnan(row["loss"]) else row["loss"],
             gradient_norm=None if np.isnan(row["gradient_norm"]) else row["gradient_norm"],
@@ -203,7 +193,7 @@ class ReplayRing:
         """Slots of an expert's samples that give another completion to the same prompt, in one look at all of them."""
         completion, columns = _hash(np.asarray(ids)[prompt_length:]), self._columns
         return [slot for slot in self.asking(ids[:prompt_length])
-                if self._experts[columns["expert"][slot]] == expert and columns["completion"][slot] != completion]
+                if self._owners.names[columns["expert"][slot]] == expert and columns["completion"][slot] != completion]
 
     def asking(self, prompt: Sequence[int]) -> list[int]:
         """Slots of the samples with this prompt, in one look at all of them."""
@@ -249,14 +239,10 @@ class ReplayRing:
             ValueError: the slot is empty.
         """
         self._check_used(slot)
-        columns, owner = self._columns, self._number(expert)
+        columns, owner = self._columns, self._owners.number(expert)
         completion, before = int(columns["completion"][slot]), int(columns["expert"][slot])
         columns["expert"][slot] = owner
-        self._offered[before] -= 1
-        self._offered[owner] += 1
-        moved = min(self._recent[before], 1 / self.capacity)
-        self._recent[before] -= moved
-        self._recent[owner] += moved
+        self._owners.hand_over(before, owner)
         for number in (before, owner):
             self._count(completion, number)
 
@@ -276,14 +262,14 @@ class ReplayRing:
             but: draw none of these experts.
         """
         used = np.sort(np.fromiter(self._order, np.int64, len(self._order)))
-        used = used[~np.isin(used, list(exclude))]
+        used, names = used[~np.isin(used, list(exclude))], self._owners.names
         if expert is not None:
-            known = self._experts.index(expert) if expert in self._experts else -1
+            known = names.index(expert) if expert in names else -1
             used = used[self._columns["expert"][used] == known]
         if but:
-            left_out = [number for number, name in enumerate(self._experts) if name in but]
+            left_out = [number for number, name in enumerate(names) if name in but]
             used = used[~np.isin(self._columns["expert"][used], left_out)]
-        weights = self._weights(used) * self._chances(used)
+        weights = self._weights(used) * self._owners.chances(self._columns["expert"][used])
         source = self._random(_DRAWS, counter)
         drawn = []
         for _ in range(min(n, len(used))):
@@ -319,9 +305,7 @@ class ReplayRing:
             "slot_tokens": self.slot_tokens,
             "vocab_size": self.vocab_size,
             "seen": self.seen,
-            "experts": list(self._experts),
-            "offered": list(self._offered),
-            "recent": list(self._recent),
+            **self._owners.to_dict(),
         }
         return tensors, meta
 
@@ -340,16 +324,14 @@ class ReplayRing:
             raise ValueError("the saved ring is damaged: used and free slots are not all slots; load an older state")
         columns = {key: tensors[key].numpy() for key in _COLUMNS}
         ids = tensors["ids"].numpy()
-        experts = [str(name) for name in meta["experts"]]
-        counts, recent = list(map(int, meta["offered"])), list(map(float, meta["recent"]))
+        owners = Owners.from_dict(meta, self.capacity)
         longest = int(columns["length"].max(initial=0))
         if (
             ids.shape != (len(order), longest)
             or any(column.shape != (len(order),) for column in columns.values())
             or longest > self.slot_tokens
             or len(set(columns["uid"].tolist())) != len(order)
-            or not len(counts) == len(recent) == len(experts)
-            or not all(0 <= expert < len(experts) for expert in columns["expert"].tolist())
+            or not all(0 <= expert < len(owners.names) for expert in columns["expert"].tolist())
         ):
             raise ValueError("the saved ring is damaged: its rows do not fit together; load an older state")
         self._ids[:] = 0
@@ -361,8 +343,7 @@ class ReplayRing:
         _, groups, sizes = np.unique(kinds, axis=0, return_inverse=True, return_counts=True)
         self._alike[:] = 0
         self._alike[order] = sizes[groups]
-        self._experts, self._free, self.seen = experts, free, int(meta["seen"])
-        self._offered, self._recent = counts, recent
+        self._owners, self._free, self.seen = owners, free, int(meta["seen"])
         self._order = OrderedDict.fromkeys(order)
         self._by_uid = dict(zip(columns["uid"].tolist(), order, strict=True))
 
@@ -388,7 +369,7 @@ class ReplayRing:
         """The slot of a full ring that the newest sample takes, or None.
 
         Args:
-            owner: number of its expert, whose sample it is number `self._offered[owner]` of.
+            owner: number of its expert, whose sample it is the newest one.
             alike: slots of that expert's samples with its completion, of which it is number `offered`.
         """
         if self.keep == "recent":
@@ -397,7 +378,7 @@ class ReplayRing:
         if self.keep == "reservoir":
             slot = _below(source, self.seen)
             return slot if slot < self.capacity else None
-        crowded = self._crowded(owner)
+        crowded = self._owners.most_crowded(self._columns["expert"], owner)
         own = np.flatnonzero(self._columns["expert"] == crowded)
         most = int(self._alike[own].max())
         if crowded == owner and len(alike) == most:
@@ -405,34 +386,10 @@ class ReplayRing:
             place = _below(source, offered)
             return int(alike[place]) if place < most else None
         if crowded == owner and most == 1:
-            place = _below(source, self._offered[owner])
+            place = _below(source, self._owners.offered[owner])
             return int(own[place]) if place < len(own) else None
         crowd = own[self._alike[own] == most]
         return int(crowd[_below(source, len(crowd))])
-
-    def _crowded(self, owner: int) -> int:
-        """The expert that is furthest above its room in a full ring, once another sample of `owner` is in it."""
-        held = np.bincount(self._columns["expert"], minlength=len(self._experts)).astype(float)
-        held[owner] += 1
-        # of those that are gone from the ring none is in it to give way
-        recent = np.where(held > 0, np.maximum(self._recent, _LEAST), 0.0)
-        shares = (1 - _REST) * recent / recent.sum() + _REST * (held > 0) / np.count_nonzero(held)
-        return int((held - shares * self.capacity).argmax())
-
-    def _chances(self, slots: np.ndarray) -> np.ndarray:
-        """Relative chances `[n]` that give the samples of each expert together its share of the newest ones."""
-        owners = self._columns["expert"][slots]
-        held = np.bincount(owners, minlength=len(self._experts))
-        if np.count_nonzero(held) < 2:
-            return np.ones(len(slots))
-        return (np.maximum(self._recent, _LEAST) / np.maximum(held, 1))[owners]
-
-    def _number(self, expert: str) -> int:
-        if expert not in self._experts:
-            self._experts.append(expert)
-            self._offered.append(0)
-            self._recent.append(0.0)
-        return self._experts.index(expert)
 
     def _group(self, completion: int, owner: int) -> np.ndarray:
         """Slots of an expert's samples with a completion."""
