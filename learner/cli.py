@@ -26,7 +26,6 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import ConfigError, OgpStreamError, StateError
 from ogpstream.learner.options import check_same, read_experts, read_settings, read_texts
 from ogpstream.learner.pace import check_budget
-from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.terminal import LearnProgress, busy, learn_summary, log_to_stderr, status_table, tell
 
 if TYPE_CHECKING:
@@ -210,7 +209,7 @@ def export(
             learner.export_experts(out, replace=force)
         else:
             learner.export_peft(out, expert, replace=force)
-        fields = {"out": str(out), "expert": expert or DEFAULT_EXPERT, "experts": names, "version": learner.version}
+        fields = {"out": str(out), "expert": names[0], "experts": names, "version": learner.version}
     finally:
         learner.close()
     _answer(fields, as_json, f"wrote {', '.join(names)} of version {fields['version']} to {out}")
