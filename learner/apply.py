@@ -267,7 +267,7 @@ class Applier:
         store, before = self.state.store, self.state.store.served.version
         if self.state.position.done:
             return RehearsalReport(0, before)
-        slots = self.recall.part(record["place"])
+        slots = self.router.settle(self.recall.part(record["place"]))
         known = (yield from self.look.worst(slots, record, 0)) if slots else []
         forgotten = [slot for slot, reading in known if self._is_forgotten(reading)]
         worst = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]

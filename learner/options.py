@@ -34,11 +34,11 @@ def read_settings(file: Path | None, changes: Sequence[str]) -> dict[str, Any]:
 
 
 def check_same(state: Path, given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raises ConfigError where a setting that was named is not the one that a state was made with."""
+    """Raises ConfigError where a setting that was named is not the one that a state has."""
     asked = LearnerConfig.from_dict(given).to_dict()
     for name in given:
         if asked[name] != saved[name]:
-            raise ConfigError(f"the state in {state} was made with {name} = {json.dumps(saved[name])}, not "
+            raise ConfigError(f"the state in {state} has {name} = {json.dumps(saved[name])}, not "
                               f"{json.dumps(asked[name])}: leave the setting out, or choose another --state")
 
 

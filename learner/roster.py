@@ -70,7 +70,8 @@ class Roster:
         peft_io.export_adapter(folder, model=model, attachment=self._attachment, factors=factors,
                                base_model_name=model.config.name_or_path, replace=replace,
                                about=f"expert `{name}` as of version {self._store.served.version}, after "
-                                     f"{state.counters.learned} samples that were learned by all experts together")
+                                     f"{state.ring.offered.get(name, 0)} samples of its own; all experts together "
+                                     f"({', '.join(self.names)}) learned {state.counters.learned}")
         return Path(folder)
 
     def export_experts(self, folder: str | os.PathLike[str], *, replace: bool) -> tuple[Path, ...]:

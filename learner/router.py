@@ -21,7 +21,7 @@ from ogpstream.learner.routes import FITS, WELL
 from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.state import LearnerState
 from ogpstream.learner.update import Updater
-from ogpstream.memory.replay import ReplayRing
+from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.units import named
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Router:
         current = routes.newest if routes.newest in learning else (learning or routed or [DEFAULT_EXPERT])[-1]
         try:
             # one alone is asked for nothing but whether it is frozen
-            likeliest = None if len(routed) == len(learning) == 1 else self._likeliest(record, routed)
+            likeliest = None if len(routed) == len(learning) == 1 else self._likeliest(_prompt(record), routed)
             if likeliest is not None and store.expert(likeliest).frozen:
                 return likeliest, True
             if not learning and DEFAULT_EXPERT not in routed and not store.expert(DEFAULT_EXPERT).frozen:
@@ -80,13 +80,30 @@ class Router:
         self._updater.ran_out()
         return current, False
 
-    def _likeliest(self, record: Record, experts: Sequence[str]) -> str | None:
-        """Which of the experts would answer a record's prompt."""
+    def _likeliest(self, prompt: Sequence[int], experts: Sequence[str]) -> str | None:
+        """Which of the experts would answer a prompt."""
         describer = self._updater.describer
         assert describer is not None
-        asked: Sequence[int] | None = record.get("asked")
-        prompt = record["ids"][: record["prompt_length"]] if asked is None else asked
         return next(iter(self._state.store.scope.answering(prompt, experts, describer, nearest=True)), None)
+
+    def settle(self, slots: Sequence[Slot]) -> list[Slot]:
+        """Old samples, each as one of the expert that would answer its prompt: what is known is what is served.
+
+        A sample that was learned while a drift was not noticed yet may be another's.
+        """
+        store = self._state.store
+        routed = [name for name in store.active if name not in store.scope.everywhere]
+        if not self._config.routes or len(routed) < 2:
+            return list(slots)
+        try:
+            for slot in slots:
+                likeliest = self._likeliest(slot.ids[: slot.prompt_length].tolist(), routed)
+                if likeliest is not None and likeliest != slot.expert and not store.expert(likeliest).frozen:
+                    self._hand_over(slot.uid, likeliest, self._described([slot.uid])[slot.uid])
+        except torch.OutOfMemoryError:
+            # another round comes
+            _log.warning("out of memory for the descriptions of prompts: some are not looked at for whose they are")
+        return [self._state.ring.get(slot.slot) for slot in slots]
 
     def owner(self, record: Record) -> str | None:
         """The served expert that has a sample at hand with the prompt of a record's, of the newest such sample."""
@@ -121,7 +138,7 @@ class Router:
         # the scope that it is looked up in is of the version
         store.served = binding.served = replace(served, scope=store.scope)
         state.routes = state.routes.begun(name)
-        _log.info("what is learned has changed: the expert %r begins", name)
+        _log.warning("what is learned has changed: the expert %r begins", name)
 
     def _holds(self, number: int) -> bool:
         """Whether a sample of an expert that learns is at hand."""
@@ -157,3 +174,9 @@ class Router:
         while f"{DEFAULT_EXPERT}-{number}" in names:
             number += 1
         return f"{DEFAULT_EXPERT}-{number}"
+
+
+def _prompt(record: Record) -> Sequence[int]:
+    """Ids of a record's prompt before any cut."""
+    asked: Sequence[int] | None = record.get("asked")
+    return record["ids"][: record["prompt_length"]] if asked is None else asked

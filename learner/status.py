@@ -44,6 +44,7 @@ def live_status(queue: RecordQueue) -> dict[str, Any]:
         "basis_columns": state.protection.columns,
         "ring_samples": len(state.ring),
         "experts": list(store.names),
+        "expert_samples": [state.ring.offered.get(name, 0) for name in store.names],
         "frozen": sorted(state.frozen),
         "held_discarded": max(max(store.expert(name).discarded) for name in store.names),
         "versions": folder.versions(),
@@ -101,6 +102,8 @@ def _look(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
         "basis_columns": sum(int(tensor.sum()) for name, tensor in snapshot.tensors.items() if _LIVE.fullmatch(name)),
         "ring_samples": len(snapshot.tensors["ring.slots"]),
         "experts": [expert["name"] for expert in meta["experts"]["experts"]],
+        "expert_samples": [dict(zip(meta["ring"]["experts"], meta["ring"]["offered"], strict=True))
+                           .get(expert["name"], 0) for expert in meta["experts"]["experts"]],
         "frozen": sorted(expert["name"] for expert in meta["experts"]["experts"] if expert["frozen"]),
         # the most that cuts may have moved x W of one linear, per |x|
         "held_discarded": max(max(expert["discarded"]) for expert in meta["experts"]["experts"]),

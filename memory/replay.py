@@ -123,6 +123,11 @@ class ReplayRing:
         return f"ReplayRing({len(self)} of {self.capacity} slots of {self.slot_tokens} tokens, {self.seen} seen)"
 
     @property
+    def offered(self) -> dict[str, int]:
+        """Samples of each expert that have come, in the ring or not."""
+        return dict(zip(self._owners.names, self._owners.offered, strict=True))
+
+    @property
     def slots(self) -> list[int]:
         """The used slots, the oldest sample first."""
         return list(self._order)

@@ -19,8 +19,8 @@ SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snaps
 LEARN_FIELDS = {"samples", "learned", "rejected", "skipped", "quarantined", "update_ms_p50", "update_ms_p95",
                 "loss_first", "loss_last", "rss_peak_mb", "version", "state_sha256", "learned_in_all"}
 STATUS_FIELDS = {"healthy", "acknowledged", "learned", "rejected", "quarantined", "pending", "version", "updates",
-                 "basis_columns", "ring_samples", "experts", "frozen", "held_discarded", "state_sha256",
-                 "versions", "quarantine_bytes", "imports_bytes"}
+                 "basis_columns", "ring_samples", "experts", "expert_samples", "frozen", "held_discarded",
+                 "state_sha256", "versions", "quarantine_bytes", "imports_bytes"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -270,7 +270,7 @@ def test_errors_are_one_line_with_a_remedy(place, copy, run, tmp_path, monkeypat
     failed(learn(tmp_path, state=place / "s.jsonl" / "x", **good), "s.jsonl/x cannot be used", "choose a folder")
     failed(learn(tmp_path, **good | {"model": place / "other"}), "another base model", place / "model")
     other_setting = learn(tmp_path, "--set", "warm_tokens=5", **good)
-    wrong(other_setting, "made with warm_tokens = 4, not 5", "choose another --state")
+    wrong(other_setting, "has warm_tokens = 4, not 5", "choose another --state")
     wrong(learn(tmp_path, "--dtype", "bfloat16", **good), "made in float32", "leave --dtype out")
     wrong(["rollback", "--to", "77", "--state", copy], "no version 77", "there are")
     wrong(["export", "--state", copy, "--out", tmp_path / "a", "--expert", "who"], "no expert 'who'", "default")

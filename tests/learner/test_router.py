@@ -490,6 +490,22 @@ def test_gradients_beside_packs_of_others_are_those_of_autograd(make: MakeLearne
             torch.testing.assert_close(expert.layout.b(sink.slab, 0), dB)
 
 
+def test_what_is_known_is_what_is_served(make: MakeLearner) -> None:
+    """A sample that another expert answers by now is that one's, and rehearsed there."""
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0, 1))
+    ring = learner.state.ring
+    places = [slot for slot in ring.slots if int(ring.get(slot).ids[0]) >= 30]
+    astray = [place for place in places if learner.answering(ring.get(place).ids[:11].tolist()) == ("default-2",)][:3]
+    assert len(astray) == 3 and {ring.get(place).expert for place in astray} == {"default-2"}
+    for place in astray:
+        ring.hand_over(place, "default")
+    before = learner.status()["expert_samples"]
+    learner.refresh()
+    assert {ring.get(place).expert for place in astray} == {"default-2"}
+    assert learner.status()["expert_samples"] == [before[0] - 3, before[1] + 3] and sum(before) == 120
+
+
 def test_wrong_use_is_told(make: MakeLearner) -> None:
     learner = make()
     with pytest.raises(ConfigError, match="no expert 'law'"):
