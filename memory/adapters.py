@@ -234,7 +234,7 @@ class AdapterStore:
         before = {part.expert.name: part for part in self.served.parts or () if isinstance(part, Part)}
         parts: list[Part] = []
         for name, gate in active.items():
-            part, last = Part(experts[name].copy(), gate, self.shelf), before.get(name)
+            part, last = Part(experts[name].computing(), gate, self.shelf), before.get(name)
             if last is not None and last.is_like(part):
                 part = last
             elif last is None or last in self.shelf:

@@ -74,6 +74,10 @@ class Expert:
         return replace(self, held=list(self.held), discarded=list(self.discarded),
                        discarded_sq=list(self.discarded_sq), folded=dict(self.folded))
 
+    def computing(self) -> Expert:
+        """A copy of what it computes with: no moments, and no mean, which a version would keep in host RAM."""
+        return replace(self.copy(), exp_avg=None, exp_avg_sq=None, average=None)
+
     def restore(self, copy: Expert) -> None:
         """Take back the values of a copy."""
         for field_ in fields(self):

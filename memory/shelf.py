@@ -25,7 +25,7 @@ class Part:
     """One expert in a version.
 
     Attributes:
-        expert: a copy, of what it is in this version.
+        expert: a copy of what it computes with in this version.
         gate: the factor on what it adds.
     """
 

@@ -136,6 +136,9 @@ def test_a_version_takes_the_parts_that_stay_as_they_are(monkeypatch: pytest.Mon
 
 def test_an_older_version_is_built_again_as_it_was() -> None:
     store = _store(1)
+    store.expert("b").exp_avg = _slab(store, 59)
+    store.publish()
+    assert store.served.parts is not None and all(part.expert.exp_avg is None for part in store.served.parts)
     old = store.served
     wanted = _delta([old.only(["b"])], 0)
     store.expert("b").factors = _slab(store, 60)
