@@ -51,8 +51,7 @@ class Router:
         owner = self.owner(record)
         if owner is not None:
             return owner, True
-        routes, store = self._state.routes, self._state.store
-        routed = [name for name in store.active if name not in store.scope.everywhere]
+        routes, store, routed = self._state.routes, self._state.store, self._routed
         learning = [name for name in routed if not store.expert(name).frozen]
         current = routes.newest if routes.newest in learning else (learning or routed or [DEFAULT_EXPERT])[-1]
         try:
@@ -80,6 +79,12 @@ class Router:
         self._updater.ran_out()
         return current, False
 
+    @property
+    def _routed(self) -> list[str]:
+        """The served experts that answer prompts of their own."""
+        store = self._state.store
+        return [name for name in store.active if name not in store.scope.everywhere]
+
     def _likeliest(self, prompt: Sequence[int], experts: Sequence[str]) -> str | None:
         """Which of the experts would answer a prompt."""
         describer = self._updater.describer
@@ -91,8 +96,7 @@ class Router:
 
         A sample that was learned while a drift was not noticed yet may be another's.
         """
-        store = self._state.store
-        routed = [name for name in store.active if name not in store.scope.everywhere]
+        store, routed = self._state.store, self._routed
         if not self._config.routes or len(routed) < 2:
             return list(slots)
         try:

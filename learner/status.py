@@ -82,6 +82,7 @@ def _look(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
             raise StateError(f"{path} has a state of format {meta.get('format')}, this version reads {FORMAT}: "
                              "use the version that wrote it")
         position, counters = meta["position"], meta["counters"]
+        offered = dict(zip(meta["ring"]["experts"], meta["ring"]["offered"], strict=True))
         aside = {"versions": folder.versions(), **folder.sizes()}
         pending = waiting = 0
         for record in folder.records(position["seq"]):
@@ -102,8 +103,7 @@ def _look(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[str]]:
         "basis_columns": sum(int(tensor.sum()) for name, tensor in snapshot.tensors.items() if _LIVE.fullmatch(name)),
         "ring_samples": len(snapshot.tensors["ring.slots"]),
         "experts": [expert["name"] for expert in meta["experts"]["experts"]],
-        "expert_samples": [dict(zip(meta["ring"]["experts"], meta["ring"]["offered"], strict=True))
-                           .get(expert["name"], 0) for expert in meta["experts"]["experts"]],
+        "expert_samples": [offered.get(expert["name"], 0) for expert in meta["experts"]["experts"]],
         "frozen": sorted(expert["name"] for expert in meta["experts"]["experts"] if expert["frozen"]),
         # the most that cuts may have moved x W of one linear, per |x|
         "held_discarded": max(max(expert["discarded"]) for expert in meta["experts"]["experts"]),
