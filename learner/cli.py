@@ -1,4 +1,4 @@
-"""The command line `ogpstream`: learn a file, look at a state, go back in it, export it.
+"""The command line `ogpstream`: learn a file, ask the model, look at a state, go back in it, export it.
 
 Results go to stdout, everything else to stderr; what the exit status says is in EPILOG. Other packages add commands
 through the entry point group `ogpstream.commands`, each value called with the typer app. Commands import what they
@@ -26,7 +26,15 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import ConfigError, OgpStreamError, StateError
 from ogpstream.learner.options import check_same, read_experts, read_settings, read_texts
 from ogpstream.learner.pace import check_budget
-from ogpstream.learner.terminal import LearnProgress, busy, learn_summary, log_to_stderr, status_table, tell
+from ogpstream.learner.terminal import (
+    LearnProgress,
+    answer_shown,
+    busy,
+    learn_summary,
+    log_to_stderr,
+    status_table,
+    tell,
+)
 
 if TYPE_CHECKING:
     from ogpstream.learner.learner import StreamLearner
@@ -159,6 +167,34 @@ def status(state: State, as_json: AsJson = False) -> int:
         raise
     _answer(fields, as_json, status_table(fields))
     return int(bool(problems))
+
+
+@app.command()
+def ask(
+    prompts: Annotated[list[str], typer.Argument(
+        metavar="PROMPT...", help="What to ask, as in the samples; in most shells $'Q: ...\\nA:' has a line end.")],
+    state: State,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as a user of a chat, by the tokenizer's template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer, at most.")] = 32,
+    model: Model = None,
+    as_json: AsJson = False,
+    threads: Threads = None,
+    device: Device = None,
+) -> int:
+    """Ask the model with what it learned, and beside it the base model; tells which expert answers."""
+    log_to_stderr()
+    meta = _needed(state)
+    learner = _resume(state, meta, model=model, threads=threads, device=device)
+    from ogpstream.learner.answer import answer
+
+    try:
+        said = [answer(learner, [{"role": "user", "content": prompt}] if chat else prompt, max_new_tokens)
+                for prompt in prompts]
+        fields = {"version": learner.version, "answers": [dataclasses.asdict(one) for one in said]}
+    finally:
+        learner.close()
+    _answer(fields, as_json, "\n\n".join(map(answer_shown, said)))
+    return 0
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from ogpstream.learner.answer import Answer
     from ogpstream.learner.stream import StreamResult
 
 WIDTH = 80
@@ -94,6 +95,21 @@ def learn_summary(result: StreamResult, state: Path) -> str:
         lines.append(f"{result.known} of the {result.looked} samples at hand were known when they were last looked at")
     lines.append(f"{state} serves version {result.version}")
     return "\n".join(lines)
+
+
+def answer_shown(one: Answer) -> str:
+    """An answer, who gave it, and that of the base model where it is not the same."""
+    base = f"base model:{_inset(one.base_answer)}"
+    if not one.experts:
+        return base
+    own = f"{' and '.join(one.experts)}:{_inset(one.answer)}"
+    return f"{own}\n{'base model: the same' if one.base_answer == one.answer else base}"
+
+
+def _inset(text: str) -> str:
+    """Text behind a name, or, of several lines, below it."""
+    text = text.strip("\n")
+    return f" {text.strip()}" if "\n" not in text else "\n" + textwrap.indent(text, "    ", lambda line: True)
 
 
 def status_table(fields: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ RING = 32
 # updates in the idle phase after each domain, two old samples each
 IDLE = 60
 # found for each method by cross-validation on the learning wordings alone: see profiling/README.md
-RATES = {"ogp": 4e-3, "replay1": 1e-3, "sequential": 5e-4}
+RATES = {"ogp": 3e-3, "replay1": 1e-3, "sequential": 5e-4}
 # stronger than the default: a base of 1.7M parameters uses every direction it has
 BASE_ANCHOR = 3e-2
 HELD_OUT = 96

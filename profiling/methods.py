@@ -59,7 +59,7 @@ def method_config(method: str, config: LearnerConfig, *, lr: float | None = None
                                           if (value := getattr(config, f.name)) != getattr(own, f.name)})
     elif method not in OURS:
         config = replace(config, guard="none", served_to="all", routing="named", warm_start=False, settled_below=0.0,
-                         second_look=False, rehearsal_candidates=0)
+                         second_look=False, rehearsal_candidates=0, loraplus_lr_ratio=1.0)
     if method == "sequential":
         config = replace(config, rehearsals=0, replay_every=0)
     return config if lr is None else replace(config, lr=lr)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from ogpstream import learner as learner_package
 from ogpstream.learner import StreamLearner, cli, terminal
+from ogpstream.learner.answer import Answer
 from ogpstream.learner.folder import StateFolder
 from ogpstream.profiling.bench import NAMES
 
@@ -233,6 +234,43 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
     code, out, err = run("rollback", "--to", older, "--state", copy)
     assert (code, err) == (0, []) and out[0].startswith(f"back at version {older}, published as version ")
     assert run("status", "--state", copy)[0] == 0
+
+
+def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(place, run, tmp_path, tiny_tokenizer):
+    (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "say 3", "completion": "7"}) + "\n")
+    settings = [*SETTINGS, "--set", "lr=0.02", "--set", "repeats=60", "--set", "base_anchor=0"]
+    assert run(*learn(tmp_path, model=place / "model", settings=settings))[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(place / "model")
+    other = "an unlike question of 7 words"
+    code, out, err = run("ask", "say 3", other, "--state", tmp_path / "state", "--max-new-tokens", 1, "--json")
+    assert (code, err) == (0, [])
+    answers = json.loads(out[0])["answers"]
+    assert [one["prompt"] for one in answers] == ["say 3", other]
+    assert [one["experts"] for one in answers] == [["default"], []]
+    for one in answers:
+        ids = torch.tensor([tiny_tokenizer(one["prompt"])["input_ids"]])
+        made = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert one["base_answer"] == tiny_tokenizer.decode(made, skip_special_tokens=True)
+    learned, left = answers
+    assert learned["answer"] == "7" != learned["base_answer"]
+    assert left["answer"] == left["base_answer"]
+
+    code, out, err = run("ask", "say 3", "--state", tmp_path / "state", "--max-new-tokens", 1)
+    assert (code, err) == (0, []) and out[0] == "default: 7" and out[1].startswith("base model:")
+    before = run("status", "--state", tmp_path / "state")
+    one_line(*run("ask", "say 3", "--state", tmp_path / "state", "--max-new-tokens", 10_000), "positions",
+             exit_status=2)
+    code, out, err = run("ask", "say 3", "--state", tmp_path / "state", "--chat", "--json")
+    assert (code, err) == (0, [])
+    assert json.loads(out[0])["answers"][0]["prompt"] == [{"role": "user", "content": "say 3"}]
+    assert run("status", "--state", tmp_path / "state") == before
+
+
+def test_an_answer_of_several_lines_stands_below_its_name():
+    shown = terminal.answer_shown(Answer("q", ("a", "b"), " one\ntwo\n", " no"))
+    assert shown == "a and b:\n     one\n    two\nbase model: no"
+    assert terminal.answer_shown(Answer("q", ("a",), " no", " no")) == "a: no\nbase model: the same"
+    assert terminal.answer_shown(Answer("q", (), " no", " no")) == "base model: no"
 
 
 def one_line(code, out, err, *words, exit_status=1):
