@@ -47,8 +47,8 @@ class LearnerConfig:
     # optimizer
     optimizer: Optimizer = "adam"
     lr: float = 1.5e-3  # of A, per update; constant after the warmup, since a stream has no end
-    # rate of B over that of A: LoRA+ (Hayou et al. 2024, arXiv:2402.12354), by PEFT's name. Streams of 60 samples a task
-    # end at .651, with 2e-3 for both at .592; long ones where they did (.750 and .747, all on held-back samples)
+    # rate of B over that of A: LoRA+ (Hayou et al. 2024, arXiv:2402.12354), by PEFT's name. Streams of 60 samples a
+    # task end at .651, with 2e-3 for both at .592; long ones where they did (.750 and .747, all on held-back samples)
     loraplus_lr_ratio: float = 2.0
     betas: tuple[float, float] = (0.9, 0.99)  # 0.99: a second moment of 100 updates follows a stream, 0.999 lags it
     eps: float = 1e-8  # relative to the rms of sqrt(v): some models have gradients of 1e-7

@@ -182,7 +182,8 @@ def test_repeats_go_on_where_a_kill_left_them(
     make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[Path] = []
-    learner = make(tmp_path / "state", snapshot_every=1, repeats=6, rehearsals=1, learned_below=3.0)
+    learner = make(tmp_path / "state", snapshot_every=1, repeats=6, rehearsals=1, learned_below=3.0,
+                   loraplus_lr_ratio=1.0)
     checkpoint = learner._applier.checkpoint
 
     def copied() -> None:

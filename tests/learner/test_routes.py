@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ogpstream.learner.routes import KNOWN, LIMIT, SINCE, SLACK, WELL, WINDOW, Routes
+from ogpstream.learner.routes import KNOWN, LIMIT, RISE, SINCE, SLACK, WELL, WINDOW, Routes
 
 
 def _seen(losses: list[float], routes: Routes | None = None, expert: str = "e") -> Routes:
@@ -56,6 +56,16 @@ def test_a_drift_is_one_of_ranks() -> None:
     rng = np.random.default_rng(2)
     losses = np.concatenate([rng.exponential(0.5, 100), 2 + rng.exponential(1.0, 30)])
     assert _first_drift(losses.tolist()) == _first_drift((losses**3 * 100).tolist()) is not None
+
+
+def test_losses_that_creep_are_no_drift_however_certain() -> None:
+    rng = np.random.default_rng(3)
+    known, later = 0.01 * rng.exponential(1.0, 100), 0.1 + 0.01 * rng.exponential(1.0, 200)
+    assert _first_drift([*known.tolist(), *later.tolist()]) is None
+    crept = _seen([*known.tolist(), *later.tolist()])
+    # and are what later ones are judged by
+    assert min(crept.settled["e"]) >= 0.1 and crept.surge < LIMIT
+    assert _first_drift([*known.tolist(), *(later[:20] + RISE).tolist()]) is not None
 
 
 def test_losses_that_fall_while_a_domain_is_learned_are_no_drift() -> None:
