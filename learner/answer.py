@@ -39,12 +39,15 @@ def answer(learner: StreamLearner, prompt: str | Sequence[Message], max_new_toke
         max_new_tokens: of the answer, at most; it ends before them where the model writes its end token.
 
     Raises:
-        ConfigError: nothing is asked, or too much for the model's positions.
+        ConfigError: nothing is asked, too much for the model's positions, or with another model's tokenizer.
         SampleError: a chat that the template cannot render.
     """
     ids = encode_prompt(prompt, learner.tokenizer)
     if not ids:
         raise ConfigError("the prompt has no tokens: ask something")
+    if max(ids) >= learner.vocab_size:
+        raise ConfigError(f"id {max(ids)} of the prompt is outside the vocabulary of {learner.vocab_size}: use the "
+                          "tokenizer of this model")
     positions = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None)
     if positions and len(ids) + max_new_tokens > positions:
         raise ConfigError(f"{len(ids)} tokens of the prompt and {max_new_tokens} new ones are more than the model's "
@@ -62,8 +65,9 @@ def _generate(learner: StreamLearner, ids: Sequence[int], max_new_tokens: int) -
     tokenizer: Any = learner.tokenizer
     asked = torch.tensor([ids], device=learner.model.get_input_embeddings().weight.device)
     generate: Any = learner.model.generate
+    # the tokenizer, since a model's own generation settings may name texts to stop at
     made = generate(asked, attention_mask=torch.ones_like(asked), max_new_tokens=max_new_tokens, do_sample=False,
-                    num_beams=1, temperature=None, top_p=None, top_k=None,
+                    num_beams=1, temperature=None, top_p=None, top_k=None, tokenizer=tokenizer,
                     pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
     text: str = tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)
     return text

@@ -28,7 +28,7 @@ from ogpstream.learner.options import check_same, read_experts, read_settings, r
 from ogpstream.learner.pace import check_budget
 from ogpstream.learner.terminal import (
     LearnProgress,
-    answer_shown,
+    answers_shown,
     busy,
     learn_summary,
     log_to_stderr,
@@ -183,6 +183,10 @@ def ask(
 ) -> int:
     """Ask the model with what it learned, and beside it the base model; tells which expert answers."""
     log_to_stderr()
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError:
+        raise ConfigError("a prompt is not UTF-8: ask in that") from None
     meta = _needed(state)
     learner = _resume(state, meta, model=model, threads=threads, device=device)
     from ogpstream.learner.answer import answer
@@ -193,7 +197,7 @@ def ask(
         fields = {"version": learner.version, "answers": [dataclasses.asdict(one) for one in said]}
     finally:
         learner.close()
-    _answer(fields, as_json, "\n\n".join(map(answer_shown, said)))
+    _answer(fields, as_json, answers_shown(said))
     return 0
 
 

@@ -169,6 +169,9 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), "the folder of this file")
 ```
 
+Folders inside, where there are any, hold the learner's other experts: `model.load_adapter(folder, name)` brings one in,
+and `model.set_adapter(name)` lets it answer. PEFT does not choose by the prompt, as the learner does.
+
 It was trained on the corrections of one user or server. Nothing was measured on it beyond these.
 """
 

@@ -2,8 +2,8 @@
 
 A loss is judged by its rank among the latest losses of its expert, so that no shape of their distribution is assumed:
 where nothing has changed, p, the share of them that are at least as high, is uniform in (0, 1]. A cumulative sum (Page
-1954, Biometrika 41) of -log p less a slack then seldom passes its limit, and more seldom while losses fall. That it is
-much, and not only certain, tells a drift from losses that creep.
+1954, Biometrika 41) of -log p less a slack then seldom passes its limit, and more seldom while losses fall. Only losses
+that are also clearly higher than what was known raise it, since losses of one domain may creep.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ WINDOW, KNOWN = 48, 32
 # all higher than the 48 before. With a slack of 1.5 it is 3 to 8 in 36,000 (limits of 10 and 12); with 2 a domain after
 # 60 samples of one that is only half learned is noticed after 40 samples or not at all, and now after 20
 SLACK, LIMIT = 1.75, 11.0
-# nats per token that a drift's losses lie above what was known: in 117 drifts between domains of text it was 2.3 and
-# more, but losses of one domain that creep up by hundredths pass the limit as well
-RISE = 0.5
+# nats per token above the median of what was known from which on a loss raises the sum: first losses of another domain
+# lie 2 to 5 above it, but those of one domain that creep up by hundredths would reach the limit as well
+RISE = 0.1
 # p from which on a sample is one of what an expert knows; and one that it knows as well as the half of them
 FITS, WELL = 0.05, 0.5
 # samples since a drift began that are remembered
@@ -88,12 +88,13 @@ class Routes:
             # nothing came of it, since there was no place for another expert: so it is what is
             surge = 0.0
         elif not self.is_young(expert):
-            step = -math.log(_chance(self.settled[expert], loss)) - SLACK
+            known = self.settled[expert]
+            step = -math.log(_chance(known, loss)) - SLACK
+            if loss - statistics.median(known) < RISE:
+                step = min(step, 0.0)
             surge = max(0.0, surge + step)
             # what is known is of the old domain
             since = (*since, number)[-SINCE:] if step > 0 else since
-            if surge >= LIMIT and _rise(self.settled[expert], losses[expert][-len(since):]) < RISE:
-                surge = 0.0
         if not surge:
             return Routes(expert, losses, settled=losses)
         # a young one grows up all the same, or nothing would ever bring the sum down again
@@ -103,10 +104,6 @@ class Routes:
     def begun(self, expert: str) -> Routes:
         """After a new expert was made: what has come since the drift began says nothing of the others."""
         return Routes(expert, self.settled, settled=self.settled)
-
-
-def _rise(known: Losses, latest: Losses) -> float:
-    return statistics.median(latest) - statistics.median(known)
 
 
 def _chance(known: Losses, loss: float) -> float:

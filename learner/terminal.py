@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,17 +97,23 @@ def learn_summary(result: StreamResult, state: Path) -> str:
     return "\n".join(lines)
 
 
-def answer_shown(one: Answer) -> str:
-    """An answer, who gave it, and that of the base model where it is not the same."""
-    base = f"base model:{_inset(one.base_answer)}"
-    if not one.experts:
-        return base
-    own = f"{' and '.join(one.experts)}:{_inset(one.answer)}"
-    return f"{own}\n{'base model: the same' if one.base_answer == one.answer else base}"
+def answers_shown(answers: Sequence[Answer]) -> str:
+    """Answers, who gave each, and that of the base model where it is not the same; of several also the prompts."""
+    blocks = []
+    for one in answers:
+        lines = [] if len(answers) == 1 else [f"> {' '.join(str(one.prompt).split())}"]
+        if one.experts:
+            lines.append(f"{' and '.join(one.experts)}:{_inset(one.answer)}")
+        same = one.experts and one.answer.strip() == one.base_answer.strip()
+        lines.append("base model: the same" if same else f"base model:{_inset(one.base_answer)}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def _inset(text: str) -> str:
-    """Text behind a name, or, of several lines, below it."""
+    """Text behind a name; of several lines below it, and where there is nothing to be seen as Python writes it."""
+    if not text.strip():
+        return f" {text!r}"
     text = text.strip("\n")
     return f" {text.strip()}" if "\n" not in text else "\n" + textwrap.indent(text, "    ", lambda line: True)
 

@@ -242,6 +242,7 @@ def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(place, ru
     assert run(*learn(tmp_path, model=place / "model", settings=settings))[0] == 0
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     other = "an unlike question of 7 words"
+    before = run("status", "--state", tmp_path / "state")
     code, out, err = run("ask", "say 3", other, "--state", tmp_path / "state", "--max-new-tokens", 1, "--json")
     assert (code, err) == (0, [])
     answers = json.loads(out[0])["answers"]
@@ -257,7 +258,7 @@ def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(place, ru
 
     code, out, err = run("ask", "say 3", "--state", tmp_path / "state", "--max-new-tokens", 1)
     assert (code, err) == (0, []) and out[0] == "default: 7" and out[1].startswith("base model:")
-    before = run("status", "--state", tmp_path / "state")
+    one_line(*run("ask", "\udcff", "--state", tmp_path / "state"), "UTF-8", exit_status=2)
     one_line(*run("ask", "say 3", "--state", tmp_path / "state", "--max-new-tokens", 10_000), "positions",
              exit_status=2)
     code, out, err = run("ask", "say 3", "--state", tmp_path / "state", "--chat", "--json")
@@ -266,11 +267,14 @@ def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(place, ru
     assert run("status", "--state", tmp_path / "state") == before
 
 
-def test_an_answer_of_several_lines_stands_below_its_name():
-    shown = terminal.answer_shown(Answer("q", ("a", "b"), " one\ntwo\n", " no"))
-    assert shown == "a and b:\n     one\n    two\nbase model: no"
-    assert terminal.answer_shown(Answer("q", ("a",), " no", " no")) == "a: no\nbase model: the same"
-    assert terminal.answer_shown(Answer("q", (), " no", " no")) == "base model: no"
+def test_how_answers_are_shown():
+    several = Answer("q\nr", ("a", "b"), " one\ntwo\n", " no")
+    assert terminal.answers_shown([several]) == "a and b:\n     one\n    two\nbase model: no"
+    assert terminal.answers_shown([Answer("q", ("a",), "no ", " no")]) == "a: no\nbase model: the same"
+    assert terminal.answers_shown([Answer("q", (), " no", " no")]) == "base model: no"
+    assert terminal.answers_shown([Answer("q", ("a",), "\n", "")]) == "a: '\\n'\nbase model: the same"
+    both = terminal.answers_shown([several, Answer("s", (), "no", "no")]).splitlines()
+    assert both[:2] == ["> q r", "a and b:"] and both[-3:] == ["", "> s", "base model: no"]
 
 
 def one_line(code, out, err, *words, exit_status=1):

@@ -77,4 +77,5 @@ def test_the_scaling_and_the_specifications_own_values() -> None:
     literal = LearnerConfig.literal()
     assert (literal.rank, literal.basis_columns, literal.ring_samples, literal.novelty) == (8, 256, 4096, 0.5)
     assert (literal.directions_per_sample, literal.warm_start, literal.rehearsals) == (1, False, 0)
+    assert (literal.optimizer, literal.lr, literal.loraplus_lr_ratio) == ("sgd", 1e-4, 1.0)
     assert LearnerConfig.literal(lr=0.1).lr == 0.1

@@ -9,7 +9,6 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from ogpstream.learner import LearnerConfig
 from ogpstream.profiling import forgetting_run
 from ogpstream.profiling.__main__ import app
 from ogpstream.profiling.methods import METHODS
@@ -63,8 +62,7 @@ def test_all_methods_get_a_row_with_all_fields(arguments, tmp_path):
         last = row["accuracies"][-1]
         assert row["acc"] == sum(last) / 2 and row["bwt"] == last[0] - row["accuracies"][0][0]
         assert 0 <= row["stickiness"] <= 1 and row["prequential_loss"] > 0 and row["update_ms_p50"] > 0
-        untuned = LearnerConfig().lr if method.startswith("ogp") else 1e-3
-        assert row["lr"] == {"ogp-literal": 1e-4, "osf": 2e-4}.get(method, untuned)
+        assert row["lr"] == {"ogp-literal": 1e-4, "osf": 2e-4}.get(method, 1.5e-3 if method.startswith("ogp") else 1e-3)
         assert (row["coverage"] > 0) == (method in ("ogp", "ogp-named", "ogp-uncut", "ogp-shared"))
     # 8 samples with one more evaluation each and 2 idle updates of two; the ring begins empty for some
     for method in ("sequential", "replay16", "ewc", "si", "olora", "osf"):
@@ -141,7 +139,7 @@ def test_rates_that_were_found_on_one_stream_are_used_on_another(arguments, tmp_
     assert set(found) == {"ewc"} and found["ewc"]["tuned_on"] == "s"
     ogp, ewc = _rows(arguments, "--methods", "ogp,ewc", "--rates", str(file), "--stream", "s:reversed")[2:]
     assert (ewc["lr"], ewc["strength"], ewc["tuned_on"]) == (found["ewc"]["lr"], 7.0, "s")
-    assert ewc["tasks"] == ["y", "x"] and ogp["lr"] == LearnerConfig().lr and ogp["tuned_on"] is None
+    assert ewc["tasks"] == ["y", "x"] and ogp["lr"] == 1.5e-3 and ogp["tuned_on"] is None
 
 
 def test_the_warm_start_takes_the_given_texts(arguments, tmp_path):
