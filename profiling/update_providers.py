@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -103,9 +104,9 @@ class Peft:
         # adapters of a bf16 model become float32, so that AdamW has masters
         self.model = get_peft_model(model, lora).eval()
         device = model.device
-        factors = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(factors, lr=config.lr, betas=config.betas, weight_decay=0.0,
-                                           fused=True)
+        self.optimizer = create_loraplus_optimizer(
+            self.model, torch.optim.AdamW, lr=config.lr, loraplus_lr_ratio=config.loraplus_lr_ratio, betas=config.betas,
+            weight_decay=0.0, fused=True)
         self.projected: list[tuple[Tensor, Tensor]] = []
         moved: dict[int, Tensor] = {}
         for name, module in self.model.base_model.model.named_modules():
