@@ -1,5 +1,8 @@
 """Continuous batching of transformers on a CPU: its paged prefix cache beside a learner."""
 
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -117,10 +120,11 @@ def test_answers_beside_updates_are_of_one_version(learner: StreamLearner, serve
     asked: list[tuple[int, int, list[int], list[int]]] = []
     shared = _ids(0, PROMPT)
     with IdleLoop(learner, Keeping(server.manager), consolidate=False) as loop:
-        futures = [loop.submit(_sample(seed)) for seed in range(30)]
-        for future in futures:
-            # they come while the next update is under way
-            future.result(TIMEOUT)
+        futures = deque([loop.submit(_sample(0))])
+        for seed in range(1, 30):
+            # one ahead: requests come while its update is under way
+            futures.append(loop.submit(_sample(seed)))
+            futures.popleft().result(TIMEOUT)
             prompts = [shared + _ids(len(asked) + number, 3) for number in range(3)]
             first = learner.version
             answers = server.ask(*prompts)
@@ -146,19 +150,25 @@ def test_many_versions_do_not_use_up_the_cache(learner: StreamLearner, server: S
 
 def test_no_unit_runs_where_a_row_is_half_way(server: Server) -> None:
     engine = BatchingEngine(server.manager)
+    begun = threading.Event()
+
+    def first_batch(*_: object) -> None:
+        hook.remove()
+        begun.set()
+        # the pause that is asked for now comes behind this batch, whose row has further tokens to decode
+        end = time.monotonic() + TIMEOUT
+        while not server.manager.background_thread_status.is_pause_requested() and time.monotonic() < end:
+            time.sleep(1e-3)
+
     assert engine.is_idle()
     with engine.exclusive():
+        hook = server.model.register_forward_pre_hook(first_batch)
         server.manager.add_request(_ids(0, PROMPT), eos_token_id=-1)
         assert not engine.is_idle()
-    refused = 0
-    while server.manager.get_result(timeout=0.001) is None:
-        try:
-            with engine.exclusive():
-                # before its first batch or after its last one
-                assert not server.manager.batch_processor.scheduler.active_requests
-        except EngineBusy:
-            refused += 1
-    assert refused > 0
+    assert begun.wait(TIMEOUT) and not engine.is_idle()
+    with pytest.raises(EngineBusy), engine.exclusive():
+        pass
+    assert server.manager.get_result(timeout=TIMEOUT) is not None
     with engine.exclusive():
         assert engine.is_idle()
 
