@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ogpstream.learner.encoding import encode_prompt
+from ogpstream.learner.encoding import encode_prompt, max_positions
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.samples import Message
 
@@ -48,8 +48,8 @@ def answer(learner: StreamLearner, prompt: str | Sequence[Message], max_new_toke
     if max(ids) >= learner.vocab_size:
         raise ConfigError(f"id {max(ids)} of the prompt is outside the vocabulary of {learner.vocab_size}: use the "
                           "tokenizer of this model")
-    positions = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and len(ids) + max_new_tokens > positions:
+    positions = max_positions(learner.model)
+    if len(ids) + max_new_tokens > positions:
         raise ConfigError(f"{len(ids)} tokens of the prompt and {max_new_tokens} new ones are more than the model's "
                           f"{positions} positions: ask less, or for fewer new ones")
     experts = learner.answering(ids)

@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from enum import StrEnum
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -188,15 +188,12 @@ def ask(
     except UnicodeEncodeError:
         raise ConfigError("a prompt is not UTF-8: ask in that") from None
     meta = _needed(state)
-    learner = _resume(state, meta, model=model, threads=threads, device=device)
     from ogpstream.learner.answer import answer
 
-    try:
+    with closing(_resume(state, meta, model=model, threads=threads, device=device)) as learner:
         said = [answer(learner, [{"role": "user", "content": prompt}] if chat else prompt, max_new_tokens)
                 for prompt in prompts]
         fields = {"version": learner.version, "answers": [dataclasses.asdict(one) for one in said]}
-    finally:
-        learner.close()
     _answer(fields, as_json, answers_shown(said))
     return 0
 
@@ -216,12 +213,9 @@ def rollback(
     meta = _needed(state)
     if to not in meta["versions"]:
         raise ConfigError(f"no version {to} in {state}: there are {', '.join(map(str, meta['versions']))}")
-    learner = _resume(state, meta, model=model, threads=threads, device=device)
-    try:
+    with closing(_resume(state, meta, model=model, threads=threads, device=device)) as learner:
         learner.rollback(to)
         fields = {"rolled_back_to": to, **learner.status()}
-    finally:
-        learner.close()
     _answer(fields, as_json, f"back at version {to}, published as version {fields['version']}")
     return 0
 
@@ -242,16 +236,13 @@ def export(
     meta = _needed(state)
     if not force and out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty: choose another --out, or give --force to replace an adapter there")
-    learner = _resume(state, meta, model=model, device=device)
-    try:
+    with closing(_resume(state, meta, model=model, device=device)) as learner:
         names = learner.experts if expert is None else (expert,)
         if expert is None:
             learner.export_experts(out, replace=force)
         else:
             learner.export_peft(out, expert, replace=force)
         fields = {"out": str(out), "expert": names[0], "experts": names, "version": learner.version}
-    finally:
-        learner.close()
     _answer(fields, as_json, f"wrote {', '.join(names)} of version {fields['version']} to {out}")
     return 0
 

@@ -78,6 +78,12 @@ def encode_prompt(prompt: str | Sequence[Message] | Sequence[int], tokenizer: An
     return _rendered(list(cast(Sequence[Message], prompt)), tokenizer, add_generation_prompt=True)
 
 
+def max_positions(model: Any) -> int:
+    """Tokens that a model can take at once; 2^31 where its configuration names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 2**31
+
+
 def cut_prompt(prompt: list[int], cut: int, head: int) -> list[int]:
     """A prompt without `cut` ids of its left, where the first `head` ids stay as far as there is room for them."""
     head = min(head, len(prompt) - cut)

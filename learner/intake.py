@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from ogpstream.learner.encoding import Encoded, encode
+from ogpstream.learner.encoding import Encoded, encode, max_positions
 from ogpstream.learner.errors import SampleError
 from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
@@ -34,10 +34,9 @@ class Intake:
         self._queue = queue
         applier = queue.applier
         self._state, self._config, self._preflight = applier.state, applier.config, applier.updater.preflight
-        text = applier.updater.attachment.model.config.get_text_config()
-        self.vocab_size: int = text.vocab_size
-        positions = getattr(text, "max_position_embeddings", None) or SLOT_TOKENS
-        self.max_tokens: int = min(self._config.max_tokens, positions, SLOT_TOKENS)
+        model = applier.updater.attachment.model
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.max_tokens: int = min(self._config.max_tokens, max_positions(model), SLOT_TOKENS)
 
     def accept(self, sample: Sample) -> int | SampleReport:
         """See `StreamLearner.accept`."""

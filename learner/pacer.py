@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ogpstream.learner.activations import ActivationPlan
+from ogpstream.learner.encoding import max_positions
 from ogpstream.learner.lesson import Lesson
 from ogpstream.learner.pace import Choice, Costs, Line, Load, Term, check_budget, choose
 from ogpstream.learner.preflight import layer_kinds
@@ -165,9 +166,8 @@ class Pacer:
         walk, binding, store = updater.walk, updater.attachment.binding, updater.store
         expert, served = store.expert(next(iter(store.active))), binding.current()
         sink = updater.staging.sink(expert)
-        device, config, text = walk.model.device, updater.config, walk.model.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or _LADDER[-1]
-        most = max(2, updater.preflight.longest(min(config.max_tokens, positions), 1))
+        device, config = walk.model.device, updater.config
+        most = max(2, updater.preflight.longest(min(config.max_tokens, max_positions(walk.model)), 1))
         layers: dict[int, tuple[float, float]] = {}
 
         def typical(what: tuple[str, int, int], *works: Callable[[], Iterable[object] | None]

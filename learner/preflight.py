@@ -17,6 +17,7 @@ from torch import Tensor
 from ogpstream.learner.activations import ActivationPlan, Curve, Footprint, LayerCost, choose
 from ogpstream.learner.binding import Binding, GradientSink
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.encoding import max_positions
 from ogpstream.learner.meter import Meter
 from ogpstream.learner.step import loss_gradient, recording
 from ogpstream.learner.walk import LayerCall, LayerWalk, Plan, run_layer
@@ -92,9 +93,7 @@ class Preflight:
         Raises:
             torch.OutOfMemoryError: not even eight tokens fit.
         """
-        text = self._walk.model.config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None) or _TOKENS
-        most = min(_TOKENS, self._config.max_tokens, positions)
+        most = min(_TOKENS, self._config.max_tokens, max_positions(self._walk.model))
         while True:
             try:
                 return self._measure(most)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ogpstream.learner.config import LearnerConfig
+from ogpstream.learner.encoding import max_positions
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.sites import Attachment
 
@@ -55,7 +56,7 @@ def own_samples(attachment: Attachment, *, count: int, tokens: int, seed: int, f
     """
     model = attachment.model
     config = model.config.get_text_config()
-    tokens = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
+    tokens = min(tokens, max_positions(model))
     generator = torch.Generator().manual_seed(seed)
     if first is None:
         ids = torch.randint(config.vocab_size, (count, 1), generator=generator)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ogpstream.learner.encoding import max_positions
 from ogpstream.learner.retention import text_losses
 
 
@@ -28,12 +29,6 @@ def _inference(model: Any) -> Iterator[torch.device]:
             yield model.get_input_embeddings().weight.device
     finally:
         model.train(training)
-
-
-def max_positions(model: Any) -> int:
-    """Tokens that the model can take at once; unlimited where its configuration names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else 2**31
 
 
 def _log_probs(logits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ogpstream.learner import LearnerConfig, ModelError, Sample
-from ogpstream.learner.encoding import encode
+from ogpstream.learner.encoding import encode, max_positions
 from ogpstream.learner.state import SLOT_TOKENS
 from ogpstream.memory.replay import ReplayRing
 
@@ -57,10 +57,8 @@ class Baseline:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         if strength is not None:
             self.strength = strength
-        text = model.config.get_text_config()
-        self.vocab_size: int = text.vocab_size
-        self.max_tokens = min(config.max_tokens, getattr(text, "max_position_embeddings", None) or SLOT_TOKENS,
-                              SLOT_TOKENS)
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.max_tokens = min(config.max_tokens, max_positions(model), SLOT_TOKENS)
         self.ring = ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=self.vocab_size, keep=config.ring_keep,
                                seed=config.seed)
         self.gradients = 0
