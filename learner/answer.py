@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ogpstream.learner.encoding import encode_prompt, max_positions
-from ogpstream.learner.errors import ConfigError
+from ogpstream.learner.errors import ConfigError, ModelError
 from ogpstream.learner.samples import Message
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def answer(learner: StreamLearner, prompt: str | Sequence[Message], max_new_toke
 
     Raises:
         ConfigError: nothing is asked, too much for the model's positions, or with another model's tokenizer.
+        ModelError: there is no memory for it.
         SampleError: a chat that the template cannot render.
     """
     ids = encode_prompt(prompt, learner.tokenizer)
@@ -53,12 +54,16 @@ def answer(learner: StreamLearner, prompt: str | Sequence[Message], max_new_toke
         raise ConfigError(f"{len(ids)} tokens of the prompt and {max_new_tokens} new ones are more than the model's "
                           f"{positions} positions: ask less, or for fewer new ones")
     experts = learner.answering(ids)
-    with learner.pinned(ids):
-        said = _generate(learner, ids, max_new_tokens)
-    if not experts:
-        return Answer(prompt, experts, said, said)
-    with learner.attachment.binding.using(None):
-        return Answer(prompt, experts, said, _generate(learner, ids, max_new_tokens))
+    try:
+        with learner.pinned(ids):
+            said = base_said = _generate(learner, ids, max_new_tokens)
+        if experts:
+            with learner.attachment.binding.using(None):
+                base_said = _generate(learner, ids, max_new_tokens)
+    except torch.OutOfMemoryError:
+        raise ModelError(f"memory ran out on {len(ids)} tokens of the prompt and {max_new_tokens} new ones: ask less, "
+                         "or for fewer new ones") from None
+    return Answer(prompt, experts, said, base_said)
 
 
 def _generate(learner: StreamLearner, ids: Sequence[int], max_new_tokens: int) -> str:

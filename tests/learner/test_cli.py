@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ogpstream import learner as learner_package
 from ogpstream.learner import StreamLearner, cli, terminal
@@ -236,7 +236,9 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
     assert run("status", "--state", copy)[0] == 0
 
 
-def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(place, run, tmp_path, tiny_tokenizer):
+def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(
+    place, run, tmp_path, tiny_tokenizer, monkeypatch
+):
     (tmp_path / "s.jsonl").write_text(json.dumps({"prompt": "say 3", "completion": "7"}) + "\n")
     settings = [*SETTINGS, "--set", "lr=0.02", "--set", "repeats=60", "--set", "base_anchor=0"]
     assert run(*learn(tmp_path, model=place / "model", settings=settings))[0] == 0
@@ -265,6 +267,15 @@ def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(place, ru
     assert (code, err) == (0, [])
     assert json.loads(out[0])["answers"][0]["prompt"] == [{"role": "user", "content": "say 3"}]
     assert run("status", "--state", tmp_path / "state") == before
+
+    def no_room(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaForCausalLM, "generate", no_room)
+        one_line(*run("ask", "say 3", "--state", tmp_path / "state"), "memory ran out on", exit_status=1)
+    # and the state is free for the next command
+    assert run("ask", "say 3", "--state", tmp_path / "state")[0] == 0
 
 
 def test_how_answers_are_shown():
