@@ -8,7 +8,6 @@ goes on after them when it is applied again.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -23,15 +22,14 @@ from ogpstream.learner.config import LearnerConfig
 from ogpstream.learner.errors import StateError
 from ogpstream.learner.folder import MemoryFolder, Record, StateFolder
 from ogpstream.learner.lesson import Lesson
-from ogpstream.learner.look import Look
 from ogpstream.learner.operations import Operations
 from ogpstream.learner.pacer import Pacer
 from ogpstream.learner.recall import Recall
+from ogpstream.learner.rehearsals import Rehearsals
 from ogpstream.learner.report import RehearsalReport, SampleReport, Update
 from ogpstream.learner.router import Router
 from ogpstream.learner.samples import DEFAULT_EXPERT
 from ogpstream.learner.state import LearnerState, Position
-from ogpstream.learner.step import Reading
 from ogpstream.learner.trial import activating
 from ogpstream.learner.update import NoRoom, Updater
 from ogpstream.memory.replay import ReplayRing, Slot
@@ -52,7 +50,8 @@ class Applier:
 
     Attributes:
         pacer: the time budget of the updates.
-        recall: which old samples come back; look: how well these are known.
+        recall: which old samples come back.
+        router: which expert learns a sample that names none.
         operations: records without an update.
     """
 
@@ -73,9 +72,9 @@ class Applier:
         self.acknowledge = acknowledge
         self.pacer = Pacer(updater)
         self.recall = Recall(state, config)
-        self.look = Look(updater, acknowledge)
         self.operations = Operations(state, updater, config)
         self.router = Router(state, updater, self.operations, config)
+        self._rehearsals = Rehearsals(self)
         # number of a record of a sample, and its updates so far
         self._made: tuple[int, list[Update]] = (0, [])
         self._owed = False  # a snapshot
@@ -87,9 +86,9 @@ class Applier:
             case "sample":
                 report = yield from self._sample(record)
             case "rehearse":
-                report = yield from self._rehearsals(record)
+                report = yield from self._rehearsals.consolidate(record)
             case "refresh":
-                report = yield from self._refresh(record)
+                report = yield from self._rehearsals.refresh(record)
             case _:
                 report = self.operations.run(record, self.folder)
         self.state.position = Position(record["seq"], 0)
@@ -118,7 +117,7 @@ class Applier:
             # what this sample corrects is not learned beside it
             slots = [slot for slot in self.recall.companions(record["rehearsals"], expert)
                      if slot.uid not in contradicted]
-            update = yield from self._update(record, expert, [new, *map(Lesson.of, slots)])
+            update = yield from self.update(record, expert, [new, *map(Lesson.of, slots)])
             updates.append(update)
             new = amendments.limited(new, record, 0, self._bos)
             trained = amendments.paced(new, record, 0, self._bos)
@@ -148,8 +147,8 @@ class Applier:
                 slot = place.add(new.ids, new.prompt_length, expert=expert, uid=counters.acknowledged)
                 if slot is not None:
                     place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
-            self._commit(gradients=1 + len(slots))
-        yield from self._save()
+            self.commit(gradients=1 + len(slots))
+        yield from self.save()
         yield from self._repeat(record, updates)
         count, sticks = len(updates), updates[-1].learned[0] if len(updates) > 1 else None
         # rehearsal in the same update takes the place of the replayed sample after every 16th
@@ -158,8 +157,8 @@ class Applier:
             newest = ring.find(counters.acknowledged)
             new_one = [] if newest is None else [ring.get(newest)]
             if old := self.recall.draw(1, but=new_one):
-                updates.append((yield from self._rehearse(record, old)))
-                yield from self._save()
+                updates.append((yield from self.rehearse(record, old)))
+                yield from self.save()
         trained = amendments.paced(new, record, 0, self._bos)
         report = self._report(record, trained, "learned", started, loss, updates, None)
         return replace(report, updates=count, sticks=sticks)
@@ -217,13 +216,13 @@ class Applier:
         repeats = _repeats(record)
         new = Lesson(record["ids"], record["prompt_length"], again=True)
         while 0 < self.state.position.done <= repeats:
-            update = yield from self._update(record, self._expert(record), [new])
+            update = yield from self.update(record, self._expert(record), [new])
             updates.append(update)
             self.recall.note_newest(update)
             # what comes after the last one has its number, whether or not all of them were made
             over = update.learned[0] or update.refusal is not None
-            self._commit(gradients=1, done=1 + repeats if over else None)
-            yield from self._save()
+            self.commit(gradients=1, done=1 + repeats if over else None)
+            yield from self.save()
 
     def _report(self, record: Record, new: Lesson, status: Any, started: float, loss: float | None,
                 updates: list[Update], reason: str | None) -> SampleReport:
@@ -236,94 +235,16 @@ class Applier:
             pace=updates[0].pace if updates else None,
         )
 
-    def _rehearsals(self, record: Record) -> Generator[str, None, RehearsalReport]:
-        updates: list[Update] = []
-        # owed where it was aborted after an update
-        yield from self._save()
-        while self.state.position.done < record["updates"] and len(self.state.ring):
-            if record["waiting_only"]:
-                slots = self.state.unrehearsed()[:1] or self.recall.draw(1)
-            else:
-                slots = yield from self._forgotten(record, self.config.rehearsal_batch)
-            if not slots:
-                break
-            updates.append((yield from self._rehearse(record, slots)))
-            yield from self._save()
-        admitted = sum(update.admitted for update in updates)
-        for name in self.state.store.active:
-            admitted += yield from self._restart(record, name)
-        self.state.counters.consolidations += 1
-        losses = [loss for update in updates for loss in update.losses if math.isfinite(loss)]
-        return RehearsalReport(self.state.position.done, self.state.store.served.version,
-                               sum(losses) / len(losses) if losses else None, admitted)
+    # what they are made of
 
-    def _refresh(self, record: Record) -> Generator[str, None, RehearsalReport]:
-        """A look at a part of the ring, and one update on the worst of what is not known any more.
-
-        No expert restarts: of 48 facts on a base of 5.5M parameters 45 came back in 150 updates, with restarts 18.
-        """
-        # owed where it was aborted after its update
-        yield from self._save()
-        store, before = self.state.store, self.state.store.served.version
-        if self.state.position.done:
-            return RehearsalReport(0, before)
-        slots = self.router.settle(self.recall.part(record["place"]))
-        known = (yield from self.look.worst(slots, record, 0)) if slots else []
-        forgotten = [slot for slot, reading in known if self._is_forgotten(reading)]
-        worst = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self.config.rehearsal_batch]
-        update = (yield from self._rehearse(record, worst)) if worst else None
-        found, version = update is not None, store.served.version
-        self.state.rounds = self.state.rounds.after(record["place"], before, version, found=found,
-                                                    blind=bool(slots) and not known)
-        if found:
-            yield from self._save()
-        else:
-            # what clean looks found out is in no journal: a restart is not to make more of them than one round
-            self._owed |= self.state.rounds.next(len(self.state.ring), version) is None
-        return RehearsalReport(int(found), version, admitted=update.admitted if update else 0, looked=len(known),
-                               known=len(known) - len(forgotten))
-
-    def _is_forgotten(self, reading: Reading) -> bool:
-        """Whether an update of a sample that is known so would bring it back: it moves nothing where that is settled
-        or refused."""
-        judge = self.updater.judge
-        return (judge.refusal(reading.loss, 0.0) is None and reading.loss >= self.config.settled_below
-                and not judge.learned(True, reading))
-
-    def _restart(self, record: Record, name: str) -> Generator[str, None, int]:
-        """Restart an expert if it is due; where there is no memory for it, it is put off. Returns how much P grew."""
-        if not amendments.is_put_off(record, name):
-            try:
-                growth = yield from self.updater.restart(name)
-                return 0 if growth is None else growth.admitted
-            except torch.OutOfMemoryError:
-                # what was computed is held by the exception, so room is made after this block
-                pass
-            self.updater.ran_out()
-            _log.warning("out of memory in the restart of the expert %r: it is put off for %d updates", name,
-                         self.config.restart_after)
-            yield from writing(partial(self.acknowledge, [{"kind": "put off", "of": record["seq"], "expert": name}]))
-        self.updater.put_off(name)
-        return 0
-
-    def _rehearse(self, record: Record, slots: Sequence[Slot]) -> Generator[str, None, Update]:
+    def rehearse(self, record: Record, slots: Sequence[Slot]) -> Generator[str, None, Update]:
         """One update on old samples of one expert; a snapshot may be owed then."""
-        update = yield from self._update(record, slots[0].expert, list(map(Lesson.of, slots)))
+        update = yield from self.update(record, slots[0].expert, list(map(Lesson.of, slots)))
         self.recall.note(slots, update, first=0)
-        self._commit(gradients=len(slots))
+        self.commit(gradients=len(slots))
         return update
 
-    def _forgotten(self, record: Record, count: int) -> Generator[str, None, list[Slot]]:
-        """Of random old samples of one expert those that are known least now."""
-        drawn = self.recall.candidates(count)
-        # one that is not served would be judged without its expert
-        if len(drawn) > count and drawn[0].expert in self.state.store.active:
-            known = yield from self.look.worst(drawn, record, self.state.position.done)
-            # in the order that they were drawn where nothing was seen of them
-            drawn = [slot for slot, _ in known] or drawn
-        return drawn[:count]
-
-    def _update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
+    def update(self, record: Record, expert: str, lessons: Sequence[Lesson]) -> Generator[str, None, Update]:
         """One update within the time budget; where memory runs out in every mode, another with less of the prompts."""
         done = self.state.position.done
         limited = [amendments.limited(one, record, done, self._bos) for one in lessons]
@@ -351,7 +272,7 @@ class Applier:
         bos: int | None = self.updater.attachment.model.config.get_text_config().bos_token_id
         return bos
 
-    def _commit(self, *, gradients: int, done: int | None = None) -> None:
+    def commit(self, *, gradients: int, done: int | None = None) -> None:
         """One update of the current record is in the state; after every so many a snapshot is owed.
 
         Args:
@@ -363,10 +284,14 @@ class Applier:
         counters.gradients += gradients
         self._owed |= counters.updates % self.config.snapshot_every == 0
 
-    def _save(self) -> Generator[str, None, None]:
+    def save(self) -> Generator[str, None, None]:
         """The snapshot that is owed, in a unit of its own; aborted before, it is owed still."""
         if self._owed:
             yield from writing(self.checkpoint)
+
+    def owe(self) -> None:
+        """A snapshot, which the next `save` makes."""
+        self._owed = True
 
     # snapshots
 

@@ -23,7 +23,7 @@ SETTINGS = ["warm_samples=2", "warm_tokens=4", "snapshot_every=5", "ring_samples
             "learned_below=4.0", "learned_share=0.0", "restart_after=3"]
 MARK = "#"
 # what a kill can fall into; each call is an event
-EVENTS = ((os, "fsync"), (os, "replace"), (os, "write"), (os, "unlink"), (Updater, "_commit"), (Applier, "_commit"))
+EVENTS = ((os, "fsync"), (os, "replace"), (os, "write"), (os, "unlink"), (Updater, "_commit"), (Applier, "commit"))
 
 
 @pytest.fixture(scope="module")

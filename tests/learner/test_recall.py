@@ -371,12 +371,12 @@ def test_a_shortage_of_memory_ends_a_refresh_and_is_not_taken_for_knowledge(
 def test_what_an_update_would_not_move_is_not_rehearsed(sharp: MakeLearner) -> None:
     """Settled by its loss, though one of its tokens is not sure; and what no update may be made of."""
     learner = sharp(learned_share=1.0)
-    judge, applier = learner._updater.judge, learner.queue.applier
-    applier.config = replace(applier.config, settled_below=0.5)
-    assert applier._is_forgotten(Reading(0.6, 0.5)) and applier._is_forgotten(Reading(2.0, 0.0))
-    assert not applier._is_forgotten(Reading(0.4, 0.5))
-    assert not applier._is_forgotten(Reading(float("nan"), 0.0)) and judge.refusal(1e3, 0.0)
-    assert not applier._is_forgotten(Reading(1e3, 0.0))
+    judge, rehearsals = learner._updater.judge, learner.queue.applier._rehearsals
+    rehearsals._config = replace(rehearsals._config, settled_below=0.5)
+    assert rehearsals._is_forgotten(Reading(0.6, 0.5)) and rehearsals._is_forgotten(Reading(2.0, 0.0))
+    assert not rehearsals._is_forgotten(Reading(0.4, 0.5))
+    assert not rehearsals._is_forgotten(Reading(float("nan"), 0.0)) and judge.refusal(1e3, 0.0)
+    assert not rehearsals._is_forgotten(Reading(1e3, 0.0))
 
 
 def test_only_what_changes_the_model_begins_a_new_round(sharp: MakeLearner) -> None:
