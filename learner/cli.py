@@ -1,4 +1,4 @@
-"""The command line `ogpstream`: learn a file, ask the model, look at a state, go back in it, export it.
+"""The command line `ogpstream`: learn a file, ask the model, look at a state, go back in it, freeze parts, export it.
 
 Results go to stdout, everything else to stderr; what the exit status says is in EPILOG. Other packages add commands
 through the entry point group `ogpstream.commands`, each value called with the typer app. Commands import what they
@@ -70,6 +70,7 @@ Model = Annotated[str | None, typer.Option(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
 Threads = Annotated[int | None, typer.Option(
     min=1, help="CPU threads; a state continues bit for bit only with the number it was made with, its default.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Experts, as `ogpstream status` has them.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default the GPU where there is one.")]
 
 
@@ -221,6 +222,18 @@ def rollback(
 
 
 @app.command()
+def freeze(names: Names, state: State, model: Model = None, as_json: AsJson = False, device: Device = None) -> int:
+    """Let experts be as they are: no update changes them, samples of theirs are rejected; they go on answering."""
+    return _freeze(names, state, model, as_json, device, frozen=True)
+
+
+@app.command()
+def unfreeze(names: Names, state: State, model: Model = None, as_json: AsJson = False, device: Device = None) -> int:
+    """Let frozen experts learn again."""
+    return _freeze(names, state, model, as_json, device, frozen=False)
+
+
+@app.command()
 def export(
     state: State,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the adapter, as PEFT reads it.")],
@@ -291,6 +304,22 @@ def _add_plugin(point: EntryPoint) -> None:
 
 
 # what the commands share
+
+
+def _freeze(
+    names: list[str], state: Path, model: str | None, as_json: bool, device: str | None, *, frozen: bool
+) -> int:
+    log_to_stderr()
+    meta = _needed(state)
+    known = [expert["name"] for expert in meta["experts"]["experts"]]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"no expert {unknown[0]!r} in {state}: there are {', '.join(known)}")
+    with closing(_resume(state, meta, model=model, device=device)) as learner:
+        for name in names:
+            (learner.freeze if frozen else learner.unfreeze)(name)
+        fields = learner.status()
+    _answer(fields, as_json, f"frozen now: {', '.join(fields['frozen']) or 'none'}")
+    return 0
 
 
 def _meta(state: Path) -> dict[str, Any] | None:

@@ -236,6 +236,18 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
     assert run("status", "--state", copy)[0] == 0
 
 
+def test_a_frozen_expert_stays_as_it_is_until_it_is_unfrozen(place, copy, run, tmp_path):
+    one_line(*run("freeze", "default", "other", "--state", copy), "no expert 'other'", "there are default",
+             exit_status=2)
+    code, out, err = run("freeze", "default", "--state", copy, "--json")
+    assert (code, err, json.loads(out[0])["frozen"]) == (0, [], ["default"])
+    (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "say 4", "completion": " 9"}) + "\n")
+    more = ["learn", "--model", place / "model", "--samples", tmp_path / "more.jsonl", "--state", copy, "--json"]
+    assert json.loads(run(*more)[1][0])["rejected"] == 1
+    assert run("unfreeze", "default", "--state", copy) == (0, ["frozen now: none"], [])
+    assert json.loads(run(*more)[1][0])["learned"] == 1
+
+
 def test_ask_tells_what_was_learned_who_answers_and_what_the_base_says(
     place, run, tmp_path, tiny_tokenizer, monkeypatch
 ):
@@ -468,7 +480,8 @@ def test_what_needs_no_model_imports_no_library_of_models(place, command):
     assert "typer" in loaded and not loaded & {"transformers", "peft", "triton"}
     assert command == "status" or "torch" not in loaded
     if command == "help":
-        assert all(name in done.stdout for name in ("learn", "status", "rollback", "export", "demo", "bench", *NAMES))
+        assert all(name in done.stdout for name in (
+            "learn", "ask", "status", "rollback", "freeze", "export", "demo", "bench", *NAMES))
         # of the help of each, at its beginning
         assert done.stdout.count("Usage: ogpstream") == len(helps)
         # the exit status is told where a user looks for it
