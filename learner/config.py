@@ -114,6 +114,13 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
+        for name, hint in hints.items():
+            if isinstance(value := getattr(self, name), list):
+                value = tuple(value)
+                object.__setattr__(self, name, value)
+            # what a state with these settings is loaded with, too
+            if not _fits(value, hint):
+                raise ConfigError(f"{name} is {value!r}: it must be of type {self.__annotations__[name]}")
         for name in ("optimizer", "guard", "basis_scope", "served_to", "routing", "ring_keep", "ring_draw",
                      "learning_state"):
             allowed = get_args(hints[name])
@@ -138,10 +145,6 @@ class LearnerConfig:
                      "learned_below", "eps"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be a finite number")
-        for name in ("rank", "max_active", "experts", "basis_columns", "use_window", "ring_samples", "max_tokens",
-                     "seed"):
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: it must be an integer")
         if not 0.0 <= self.average < 1.0:
             raise ConfigError(f"average is {self.average}: it must lie in [0, 1)")
         if not self.novelty < 1.0:
@@ -150,6 +153,8 @@ class LearnerConfig:
             raise ConfigError(f"betas are {self.betas}: they must lie in [0, 1)")
         if self.basis_columns > 512:
             raise ConfigError(f"basis_columns is {self.basis_columns}: a basis has at most 512 directions")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}: it must be below 2^63")
         if self.use_window % 10:
             raise ConfigError(f"use_window is {self.use_window}: it must be a multiple of 10")
         if self.held_rank is not None and self.held_rank < 1:
@@ -194,12 +199,7 @@ class LearnerConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        hints = get_type_hints(cls)
-        for name, value in read.items():
-            if not _fits(value, hints[name]):
-                raise ConfigError(f"{name} is {value!r}: it must be of type {cls.__annotations__[name]}")
-        return cls(**read)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them back to an equal configuration."""
@@ -216,7 +216,7 @@ class LearnerConfig:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON, with tuples for lists, is of the type of a field."""
+    """Whether a value is of the type of a field; a whole number is a float, too."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(hint))
@@ -229,5 +229,5 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal or hint is NoneType:
         return hint is not NoneType or value is None  # the constructor names the values that are allowed
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint

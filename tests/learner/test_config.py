@@ -19,7 +19,10 @@ from ogpstream.learner import ConfigError, LearnerConfig
         {"warmup": 10, "total_updates": 10}, {"novelty": 1.0}, {"use_window": 15}, {"basis_columns": 600},
         {"rank": 3.0}, {"lr": math.inf}, {"weight_decay": math.nan}, {"eps": -1.0}, {"seed": -1},
         {"restart_after": -1}, {"restart_loss": 2.0}, {"shared_tokens": -1},
-        {"loraplus_lr_ratio": 0.0}, {"loraplus_lr_ratio": math.inf},
+        {"loraplus_lr_ratio": 0.0}, {"loraplus_lr_ratio": math.inf}, {"seed": 2**63},
+        # a state of these could not be loaded
+        {"repeats": 2.0}, {"snapshot_every": 1e2}, {"warm_start": 1}, {"append_eos": 1}, {"rehearsals": 1.5},
+        {"betas": (0.9,)}, {"held_rank": 1.5}, {"lr": "1"}, {"lr": True}, {"target_modules": ("q_proj", 1)},
     ],
     ids=str,
 )
@@ -37,6 +40,7 @@ def test_betas_are_shares() -> None:
 def test_the_limits_themselves_are_accepted() -> None:
     LearnerConfig(rank=1, max_tokens=2, replay_every=0, rehearsals=0, held_rank=1, novelty=0.0, warm_share=1.0)
     LearnerConfig(held_rank=None, warmup=9, total_updates=10)
+    assert LearnerConfig(target_modules=["q_proj"]) == LearnerConfig(target_modules=("q_proj",))  # type: ignore
 
 
 @pytest.mark.parametrize(
