@@ -205,9 +205,11 @@ class Applier:
         yield from writing(partial(self.acknowledge, [{"kind": "route", "of": record["seq"], "expert": expert}]))
 
     def _contradicted(self, record: Record) -> list[int]:
-        """Numbers of the samples with the prompt of a record's sample and another answer, of who answers it."""
+        """Numbers of the samples with the prompt of a record's sample and another answer, of who may answer it."""
         ids, length = record["ids"], record["prompt_length"]
-        experts = self.state.store.active if self._is_routed(record) else [record["expert"]]
+        named = () if self._is_routed(record) else (record["expert"],)
+        # one alone answers a prompt where they are routed, and not always the one that a sample names
+        experts = {*named, *(self.state.store.active if self.config.routes else ())}
         return sorted({place.get(slot).uid for place in self._rings for expert in experts
                        for slot in place.contradicting(ids, length, expert=expert)})
 

@@ -47,10 +47,14 @@ class Look:
         except torch.OutOfMemoryError:
             # what was computed is held by the exception, so room is made after this block
             pass
-        self._updater.ran_out()
-        _log.warning("out of memory while %d old samples were looked at: what is forgotten is not known", len(slots))
-        yield from writing(partial(self._acknowledge, [{"kind": "blind", "of": record["seq"], "done": update}]))
+        yield from self.blind(record, update, len(slots))
         return []
+
+    def blind(self, record: Record, update: int, count: int) -> Generator[str, None, None]:
+        """Note that memory ran out on so many old samples, and that recovery is not to look at them."""
+        self._updater.ran_out()
+        _log.warning("out of memory while %d old samples were looked at: what is forgotten is not known", count)
+        yield from writing(partial(self._acknowledge, [{"kind": "blind", "of": record["seq"], "done": update}]))
 
     def _together(self, slots: Sequence[Slot]) -> list[list[Slot]]:
         """Those that are computed with the same experts."""

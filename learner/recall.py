@@ -39,11 +39,13 @@ class Recall:
         return slots + self.draw(count - len(slots), expert=expert, but=slots)
 
     def draw(self, count: int, *, expert: str | None = None, but: Sequence[Slot] = ()) -> list[Slot]:
-        """So many random samples, or all there are, of one expert or of any that is not frozen."""
+        """So many random samples, or all there are, of one expert or of any that does not rest."""
         # numbered by what is committed, so that an aborted update draws the same samples again
         ring, number = self.state.ring, 2 * self.state.counters.updates + bool(but)
         exclude = [slot for slot in (ring.find(other.uid) for other in but) if slot is not None]
-        drawn = ring.draw(count, counter=number, expert=expert, exclude=exclude, but=self.state.frozen)
+        # one that is named learns a new sample now, and is served by it
+        but_experts = self.state.resting if expert is None else self.state.frozen
+        drawn = ring.draw(count, counter=number, expert=expert, exclude=exclude, but=but_experts)
         return [ring.get(slot) for slot in drawn]
 
     def candidates(self, count: int) -> list[Slot]:
@@ -58,9 +60,9 @@ class Recall:
 
     def part(self, place: int) -> list[Slot]:
         """Part number `place` of the ring, oldest first: `rounds.LOOK` samples, of served experts that learn."""
-        ring, learning = self.state.ring, self.state.store.active.keys() - self.state.frozen
+        ring, resting = self.state.ring, self.state.resting
         slots = map(ring.get, ring.slots[place * LOOK : (place + 1) * LOOK])
-        return [slot for slot in slots if slot.expert in learning]
+        return [slot for slot in slots if slot.expert not in resting]
 
     def note(self, slots: Sequence[Slot], update: Update, *, first: int) -> None:
         """Mark rehearsed samples with what their lessons, from number `first` on, showed."""

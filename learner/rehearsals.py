@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from ogpstream.learner import amendments
 from ogpstream.learner.folder import Record
 from ogpstream.learner.look import Look
 from ogpstream.learner.report import RehearsalReport, Update
+from ogpstream.learner.router import Move
 from ogpstream.learner.step import Reading
 from ogpstream.memory.replay import Slot
 from ogpstream.memory.units import writing
@@ -69,11 +71,17 @@ class Rehearsals:
         store, before = state.store, state.store.served.version
         if state.position.done:
             return RehearsalReport(0, before)
-        slots = applier.router.settle(applier.recall.part(record["place"]))
+        slots = applier.recall.part(record["place"])
+        moves = yield from self._moves(slots, record)
+        slots = [replace(slot, expert=moves[slot.uid].expert) if slot.uid in moves else slot for slot in slots]
         known = (yield from self.look.worst(slots, record, 0)) if slots else []
         forgotten = [slot for slot, reading in known if self._is_forgotten(reading)]
         worst = [slot for slot in forgotten if slot.expert == forgotten[0].expert][: self._config.rehearsal_batch]
         update = (yield from applier.rehearse(record, worst)) if worst else None
+        # at once with its commit, as it was found out: after another abort the scope would be another. Where recovery
+        # is to look at nothing it is to move nothing either
+        if not amendments.is_blind(record, 0):
+            applier.router.carry_out(moves)
         found, version = update is not None, store.served.version
         state.rounds = state.rounds.after(record["place"], before, version, found=found,
                                           blind=bool(slots) and not known)
@@ -84,6 +92,18 @@ class Rehearsals:
             applier.owe()
         return RehearsalReport(int(found), version, admitted=update.admitted if update else 0, looked=len(known),
                                known=len(known) - len(forgotten))
+
+    def _moves(self, slots: Sequence[Slot], record: Record) -> Generator[str, None, dict[int, Move]]:
+        """Samples that another expert would answer; none where there is no memory to see it, nor a look then."""
+        if amendments.is_blind(record, 0):
+            return {}
+        try:
+            return self._applier.router.moves(slots)
+        except torch.OutOfMemoryError:
+            # what was computed is held by the exception, so room is made after this block
+            pass
+        yield from self.look.blind(record, 0, len(slots))
+        return {}
 
     def _is_forgotten(self, reading: Reading) -> bool:
         """Whether an update of a sample that is known so would bring it back: it moves nothing where that is settled
@@ -112,8 +132,7 @@ class Rehearsals:
     def _forgotten(self, record: Record, count: int) -> Generator[str, None, list[Slot]]:
         """Of random old samples of one expert those that are known least now."""
         drawn = self._applier.recall.candidates(count)
-        # one that is not served would be judged without its expert
-        if len(drawn) > count and drawn[0].expert in self._state.store.active:
+        if len(drawn) > count:
             known = yield from self.look.worst(drawn, record, self._state.position.done)
             # in the order that they were drawn where nothing was seen of them
             drawn = [slot for slot, _ in known] or drawn

@@ -7,8 +7,8 @@ their update, the first ones of another domain 3 to 6.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,20 @@ from ogpstream.memory.replay import ReplayRing, Slot
 from ogpstream.memory.units import named
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A sample to another expert.
+
+    Attributes:
+        expert: who has it then.
+        prompt, described: ids of its prompt, and their description `[width]`.
+    """
+
+    expert: str
+    prompt: list[int]
+    described: Tensor
 
 
 class Router:
@@ -91,23 +105,32 @@ class Router:
         assert describer is not None
         return next(iter(self._state.store.scope.answering(prompt, experts, describer, nearest=True)), None)
 
-    def settle(self, slots: Sequence[Slot]) -> list[Slot]:
-        """Old samples, each as one of the expert that would answer its prompt: what is known is what is served.
+    def moves(self, slots: Sequence[Slot]) -> dict[int, Move]:
+        """Of old samples, by number, those whose prompts another expert would answer: what is known is what is served.
 
-        A sample that was learned while a drift was not noticed yet may be another's.
+        A sample that was learned while a drift was not noticed yet may be another's. Changes nothing.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for the descriptions of prompts.
         """
         store, routed = self._state.store, self._routed
         if not self._config.routes or len(routed) < 2:
-            return list(slots)
-        try:
-            for slot in slots:
-                likeliest = self._likeliest(slot.ids[: slot.prompt_length].tolist(), routed)
-                if likeliest is not None and likeliest != slot.expert and not store.expert(likeliest).frozen:
-                    self._hand_over(slot.uid, likeliest, self._described([slot.uid])[slot.uid])
-        except torch.OutOfMemoryError:
-            # another round comes
-            _log.warning("out of memory for the descriptions of prompts: some are not looked at for whose they are")
-        return [self._state.ring.get(slot.slot) for slot in slots]
+            return {}
+        found = {}
+        for slot in slots:
+            likeliest = self._likeliest(slot.ids[: slot.prompt_length].tolist(), routed)
+            if likeliest is not None and likeliest != slot.expert and not store.expert(likeliest).frozen:
+                found[slot.uid] = Move(likeliest, *self._described([slot.uid])[slot.uid])
+        return found
+
+    def carry_out(self, moves: Mapping[int, Move]) -> None:
+        """Samples become those of other experts, in a version of their own: who answers a prompt may be another now."""
+        if not moves:
+            return
+        store, binding = self._state.store, self._updater.attachment.binding
+        for number, move in moves.items():
+            self._hand_over(number, move)
+        store.served = binding.served = replace(store.served, version=store.served.version + 1, scope=store.scope)
 
     def owner(self, record: Record) -> str | None:
         """The served expert that has a sample at hand with the prompt of a record's, of the newest such sample."""
@@ -138,7 +161,7 @@ class Router:
             raise
         store.activate(name)
         for number, description in moving.items():
-            self._hand_over(number, name, description)
+            self._hand_over(number, Move(name, *description))
         # the scope that it is looked up in is of the version
         store.served = binding.served = replace(served, scope=store.scope)
         state.routes = state.routes.begun(name)
@@ -164,14 +187,14 @@ class Router:
             found[number] = prompt, describer(prompt, [len(prompt)])[0]
         return found
 
-    def _hand_over(self, number: int, name: str, description: tuple[list[int], Tensor]) -> None:
+    def _hand_over(self, number: int, move: Move) -> None:
         """A sample that is at hand becomes one of another expert, which answers its prompt."""
-        store, before = self._state.store, name
+        store, before = self._state.store, move.expert
         for place in self._places:
             if (slot := place.find(number)) is not None:
                 before = place.get(slot).expert
-                place.hand_over(slot, name)
-        store.scope = store.scope.handed_over(*description, before, name)
+                place.hand_over(slot, move.expert)
+        store.scope = store.scope.handed_over(move.prompt, move.described, before, move.expert)
 
     def _new_name(self) -> str:
         names, number = self._state.store.names, 2

@@ -162,15 +162,22 @@ class LearnerState:
         return {"seen": self.seen, "refused": self.refused}
 
     def unrehearsed(self) -> list[Slot]:
-        """Samples at hand that had no update after their first one, oldest first; none of a frozen expert."""
+        """Samples at hand that had no update after their first one, oldest first; none of an expert that rests."""
         slots = [ring.get(slot) for ring in (self.waiting, self.ring) for slot in ring.pending()]
-        found = {slot.uid: slot for slot in slots if slot.expert not in self.frozen}
+        resting = self.resting
+        found = {slot.uid: slot for slot in slots if slot.expert not in resting}
         return [found[uid] for uid in sorted(found)]
 
     @property
     def frozen(self) -> frozenset[str]:
         """The experts that learn nothing."""
         return frozenset(name for name in self.store.names if self.store.expert(name).frozen)
+
+    @property
+    def resting(self) -> frozenset[str]:
+        """The experts whose old samples rest: the frozen ones, and those that are not served, since to rehearse one
+        would serve it."""
+        return self.frozen.union(set(self.store.names) - self.store.active.keys())
 
     def sha256(self) -> str:
         """Hash of all of it: equal states, and only these, have the same one."""

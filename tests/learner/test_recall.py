@@ -139,14 +139,24 @@ def test_few_of_a_ring_are_looked_at(make: MakeLearner, monkeypatch: pytest.Monk
         assert len(learner.queue.applier.recall.candidates(2)) == looked
 
 
-def test_an_expert_that_is_not_served_is_not_judged_without_it(make: MakeLearner, monkeypatch: pytest.MonkeyPatch
-                                                               ) -> None:
-    learner = _taught(make, rehearsal_candidates=5)
+@pytest.mark.parametrize("routing", ["named", "prompt"])
+def test_rehearsal_leaves_who_is_served_as_it_was_told(make: MakeLearner, monkeypatch: pytest.MonkeyPatch, routing: str
+                                                       ) -> None:
+    learner = _taught(make, rehearsal_candidates=5, routing=routing)
     learner.add_expert("other")
-    learner.activate({"other": 1.0})
+    learner.learn_batch([replace(_sample(seed), expert="other") for seed in range(20, 26)])
+    learner.activate({"other": 0.5})
     watched = _Watched(learner, monkeypatch)
-    learner.consolidate(1)
-    assert watched.trained and not watched.looked
+    learner.consolidate(6)
+    learner.consolidate()
+    learner.refresh()
+    assert learner.state.store.active == {"other": 0.5} and learner.state.store.served.experts == ("other",)
+    others = [[*one.prompt_ids, *one.completion_ids] for one in map(_sample, range(20, 26))]
+    assert watched.trained and all(ids in others for lessons in watched.trained for ids in lessons)
+    # what it left out comes when it is served again
+    learner.activate({"default": 1.0})
+    learner.consolidate(2)
+    assert any(ids not in others for ids in watched.trained[-1])
 
 
 def test_a_consolidation_that_is_aborted_anywhere_ends_in_the_same_state(make: MakeLearner) -> None:

@@ -490,7 +490,7 @@ def test_gradients_beside_packs_of_others_are_those_of_autograd(make: MakeLearne
             torch.testing.assert_close(expert.layout.b(sink.slab, 0), dB)
 
 
-def test_what_is_known_is_what_is_served(make: MakeLearner) -> None:
+def test_what_is_known_is_what_is_served(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path) -> None:
     """A sample that another expert answers by now is that one's, and rehearsed there."""
     learner = make(**ROUTED)
     learner.learn_batch(_stream(0, 1))
@@ -500,10 +500,61 @@ def test_what_is_known_is_what_is_served(make: MakeLearner) -> None:
     assert len(astray) == 3 and {ring.get(place).expert for place in astray} == {"default-2"}
     for place in astray:
         ring.hand_over(place, "default")
-    before = learner.status()["expert_samples"]
+    before, prompts = learner.status()["expert_samples"], [list(_prompt(1, seed)) for seed in range(9000, 9050)]
     learner.refresh()
+    # the scope that it is looked up in is of a version, which has a number
+    assert learner.state.store.served.scope is learner.state.store.scope
+    answering = list(map(learner.answering, prompts))
+    learner.save_state(tmp_path / "copy")
+    again = StreamLearner.load_state(tmp_path / "copy", tiny_model("llama", num_hidden_layers=1))
+    assert list(map(again.answering, prompts)) == answering and again.version == learner.version
+    again.close()
     assert {ring.get(place).expert for place in astray} == {"default-2"}
     assert learner.status()["expert_samples"] == [before[0] - 3, before[1] + 3] and sum(before) == 120
+
+
+@pytest.mark.parametrize(("learned_below", "versions"), [(100.0, 1), (1e-6, 2)], ids=["only moved", "updated"])
+def test_samples_move_with_the_commit_of_a_look(make: MakeLearner, learned_below: float, versions: int) -> None:
+    """A look that is aborted before has moved none, or a second one would see another scope than recovery does."""
+    learner = make(**ROUTED, learned_below=learned_below)
+    learner.learn_batch(_stream(0, 1))
+    ring, store = learner.state.ring, learner.state.store
+    place = next(place for place in range(len(ring.slots) // 8)
+                 if sum(int(ring.get(slot).ids[0]) >= 30 for slot in ring.slots[8 * place : 8 * place + 8]) > 4)
+    for slot in ring.slots[8 * place : 8 * place + 8]:
+        ring.hand_over(slot, "default")
+    learner.queue.acknowledge([{"kind": "refresh", "place": place}])
+    owners, scope, version, units = learner.status()["expert_samples"], store.scope, learner.version, []
+    for _ in range(3):
+        work = learner.queue.drain()
+        for unit in work:
+            if learner.state.position.done:
+                break
+            units.append(unit)
+            assert store.scope is scope and learner.status()["expert_samples"] == owners
+            if len(units) in (1, 3):
+                break
+        work.close()
+    learner.drain()
+    assert "look" in units and learner.status()["expert_samples"][1] > owners[1]
+    assert store.served.scope is store.scope is not scope
+    # of the update, where something is forgotten, and of the moves
+    assert learner.version == version + versions
+
+
+def test_another_answer_takes_the_place_of_what_any_expert_learned(make: MakeLearner) -> None:
+    learner = make(**ROUTED)
+    learner.learn_batch(_stream(0))
+    learner.add_expert("law")
+    learner.learn_one(Sample(prompt_ids=_prompt(0, 7), completion_ids=(90, 91), expert="law"))
+    held = [learner.state.ring.get(slot) for slot in learner.state.ring.asking(list(_prompt(0, 7)))]
+    assert [(slot.expert, slot.ids[-2:].tolist()) for slot in held] == [("law", [90, 91])]
+    # where each answers prompts of its own, both may be right
+    learner = make(routing="named")
+    learner.learn_one(_sample(0, 7))
+    learner.add_expert("law")
+    learner.learn_one(Sample(prompt_ids=_prompt(0, 7), completion_ids=(90, 91), expert="law"))
+    assert len(learner.state.ring.asking(list(_prompt(0, 7)))) == 2
 
 
 def test_wrong_use_is_told(make: MakeLearner) -> None:
