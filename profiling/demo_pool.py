@@ -42,6 +42,7 @@ def two_at_a_time(runs: Mapping[str, Callable[[Event], T]]) -> dict[str, T]:
                 future.result()
             return {name: future.result() for name, future in futures.items()}
         except BaseException:
-            stop.set()
+            # before those that wait for the event end, or their threads would take what is left
             pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
             raise

@@ -1,6 +1,7 @@
 """Requests from a second thread while updates run: each one is of one version, and waits for one unit."""
 
 import copy
+import itertools
 import sys
 import threading
 import time
@@ -232,7 +233,11 @@ def test_a_request_waits_for_one_unit_however_wrong_the_hint_is(learner: StreamL
     client = threading.Thread(target=_serve, args=(engine, False, replies, errors))
     with IdleLoop(learner, engine) as loop:
         client.start()
-        for seed in range(20):
+        # until the client has come between them, however the threads are scheduled
+        end = time.monotonic() + TIMEOUT
+        for seed in itertools.count():
+            if seed >= 20 and (len(replies) > 3 and any(engine.waits) or time.monotonic() > end):
+                break
             loop.submit(_sample(seed)).result(TIMEOUT)
     engine.end()
     client.join(TIMEOUT)

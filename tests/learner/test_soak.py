@@ -98,11 +98,13 @@ def test_a_long_stream_leaves_memory_disk_and_speed_as_they_were(tiny_model, tin
         spent = {id(learner): seconds(learner, sample) for learner in order}
         updates.append((spent[id(aged)], spent[id(fresh)]))
     old, new = (statistics.median(column) for column in zip(*updates, strict=True))
+    # of pairs, since a shared machine may have two speeds, and each median might be of another
+    ratio = statistics.median(aged_s / fresh_s for aged_s, fresh_s in updates)
     figures = dict(samples=SAMPLES, rss_mb=round(resident[SAMPLES] / 2**20, 1), growth=round(growth, 4),
                    disk_bytes=max(sizes), disk_bound=bound, records=max(records), update_ms_aged=round(old * 1e3, 2),
-                   update_ms_fresh=round(new * 1e3, 2), ratio=round(old / new, 4))
+                   update_ms_fresh=round(new * 1e3, 2), ratio=round(ratio, 4))
     print(json.dumps(figures))
     assert growth < 0.02, figures
     assert max(records) <= most and max(sizes) < bound, figures
     # 1.05 over the 200 pairs of the full length; the short one shares its cores with the rest of the suite
-    assert old / new <= (1.05 if PAIRS == 200 else 1.25), figures
+    assert ratio <= (1.05 if PAIRS == 200 else 1.25), figures

@@ -136,14 +136,18 @@ def test_phases_take_turns_on_the_same_requests(learner: StreamLearner) -> None:
 
 
 def test_a_reply_of_another_version_is_found(learner: StreamLearner) -> None:
-    server = Server(learner, serving.InferenceThread(), 8)
+    server, first = Server(learner, serving.InferenceThread(), 8), learner.attachment.binding.served
     done = run(server, random_ids(101, 5, 0), random_samples(101, 10, 1), requests=3, updates=30)
     checked = check(server, done.kept)
     assert all(row["equal"] for row in checked)
-    # the rate is high enough for versions to reply in different ways
-    assert any(row["tells_apart"] for row in checked)
-    mixed = [replace(reply, served=learner.attachment.binding.served) for reply in done.kept]
-    assert [row["equal"] for row in check(server, mixed)] == [not row["tells_apart"] for row in checked]
+    for version, others in (
+        (learner.attachment.binding.served, [row["tells_apart"] for row in checked]),
+        (first, [server.again(reply.request.prompt, first) != list(reply.tokens) for reply in done.kept]),
+    ):
+        mixed = [replace(reply, served=version) for reply in done.kept]
+        assert [row["equal"] for row in check(server, mixed)] == [not other for other in others]
+    # the rate is high enough for versions to reply in different ways; on a slow machine all may be of the last ones
+    assert any(others)
 
 
 def test_bench_serving(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def test_the_table_and_the_picture_show_all_three(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def wait_for(happened, seconds=60):
+def wait_for(happened, seconds=600):
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
@@ -87,7 +88,7 @@ def test_a_worker_that_is_killed_goes_on_and_ends_in_the_same_state(tiny_model, 
     real = demo_run.WORKERS.Process
     monkeypatch.setattr(demo_run.WORKERS, "Process", lambda **how: processes.append(real(**how)) or processes[-1])
     shown: list[int] = []
-    killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 30, Event())
+    killed = demo_run._run("ours", _job(tiny_model, tiny_tokenizer, tmp_path, "killed"), shown.append, 10, Event())
     assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0]
     assert killed["updates"] == 60 and shown[-1] == 60
     job = _job(tiny_model, tiny_tokenizer, tmp_path, "steady", adapter=str(tmp_path / "adapter"), domains=3)
@@ -125,7 +126,8 @@ def test_a_worker_ends_when_the_demo_is_killed(tiny_model, tiny_tokenizer, tmp_p
     log = tmp_path / "log"
     demo = subprocess.Popen([sys.executable, tmp_path / "starts.py", tmp_path / "job", log])
     try:
-        wait_for(Path(job.progress).exists)
+        wait_for(lambda: demo.poll() is not None or Path(job.progress).exists())
+        assert demo.poll() is None
     finally:
         demo.kill()
         demo.wait()
@@ -156,11 +158,29 @@ def test_where_one_run_fails_the_others_end_and_no_more_begin():
     assert two_at_a_time({"a": lambda stop: 1, "b": lambda stop: 2, "c": lambda stop: 3}) == {"a": 1, "b": 2, "c": 3}
 
 
-def test_loading_the_libraries_does_not_wait_for_them():
-    code = ("import time; from ogpstream.profiling import demo_pool as pool; start = time.perf_counter(); "
-            "pool.load_libraries(); print(time.perf_counter() - start)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.0
+_LOADS = """
+import sys, time
+from multiprocessing import forkserver
+from pathlib import Path
+from ogpstream.profiling import demo_pool
+begun, wanted = map(Path, sys.argv[1:])
+preload = demo_pool.WORKERS.set_forkserver_preload
+demo_pool.WORKERS.set_forkserver_preload = lambda names: preload(["waits"])
+demo_pool.load_libraries()
+while not begun.exists():
+    time.sleep(0.01)
+assert not wanted.exists()
+wanted.touch()
+"""
+
+
+def test_loading_the_libraries_does_not_wait_for_them(tmp_path):
+    begun, wanted = tmp_path / "begun", tmp_path / "wanted"
+    (tmp_path / "waits.py").write_text(
+        f"import time\nfrom pathlib import Path\nPath({str(begun)!r}).touch()\n"
+        f"while not Path({str(wanted)!r}).exists():\n    time.sleep(0.01)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    subprocess.run([sys.executable, "-c", _LOADS, begun, wanted], check=True, timeout=600, env=environment)
 
 
 def test_a_whole_demo_of_a_given_model(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):

@@ -4,9 +4,10 @@ from ogpstream.profiling.baselines.osf import OSF
 
 
 def _high(weight, share):
-    U, _, Vh = torch.linalg.svd(weight.detach(), full_matrices=False)
+    # in float32, as PEFT does: of near singular values another precision finds other vectors
+    U, _, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     count = int(min(weight.shape) * share)
-    return U[:, :count], Vh[:count]
+    return U[:, :count].to(weight.dtype), Vh[:count].to(weight.dtype)
 
 
 def _leaks(watched, gradient):
@@ -29,8 +30,7 @@ def test_gradients_are_orthogonal_to_the_preserved_triples(build):
     watched = build(OSF, strength=0.25, lr=1e-4)
     watched.learn(0)
     worst, count = _leaks(watched, watched.steps[0][1])
-    # PEFT decomposes in float32
-    assert worst < 1e-5 and count >= 14
+    assert worst < 2e-6 and count >= 14
 
 
 def test_after_a_task_the_merged_weight_is_decomposed_anew(build):
@@ -49,7 +49,7 @@ def test_after_a_task_the_merged_weight_is_decomposed_anew(build):
     torch.testing.assert_close(baseline.model(input_ids=ids).logits, before, rtol=0, atol=1e-5)
     baseline.set_theta(now)
     worst, count = _leaks(watched, watched.steps[0][1])
-    assert worst < 1e-5 and count >= 14
+    assert worst < 2e-6 and count >= 14
 
 
 def test_the_state_holds_the_weights(build):
