@@ -167,10 +167,16 @@ class Assembly:
             parts.close()
 
     def close(self) -> None:
-        """Release the state folder and take the adapters out of the model."""
+        """Release the state folder and take the adapters out of the model.
+
+        Raises:
+            StateError: the folder cannot be written. It is released, and has all that was acknowledged.
+        """
         self.queue.close()
-        self.queue.applier.folder.close()
-        self.attachment.detach()
+        try:
+            self.queue.applier.folder.close()
+        finally:
+            self.attachment.detach()
 
     def _warm_start(self, calibration: Sequence[str] | None) -> None:
         """Protect what the base model uses on calibration texts, or on samples of its own."""

@@ -123,7 +123,8 @@ def learn(
     settings = LearnerConfig.from_dict(given)
     texts = None if calibration is None or meta is not None else read_texts(calibration, settings)
     known = {"default": settings.rank} if meta is None else {e["name"]: e["rank"] for e in meta["experts"]["experts"]}
-    experts = read_experts(add_expert or [], known)
+    # which experts the journal of a state has besides, as those that routing made, is seen once it is loaded
+    read_experts(add_expert or [], known, routes=meta is None and settings.routes)
     from ogpstream.learner.learner import StreamLearner
     from ogpstream.learner.pretrained import load_pretrained
     from ogpstream.learner.stream import learn_file
@@ -138,10 +139,11 @@ def learn(
         else:
             learner = _resume(state, meta, model=model, threads=threads, dtype=dtype, device=device)
         stack.callback(learner.close)
+        known = {name: learner.state.store.expert(name).rank for name in learner.experts}
+        widest = min(min(site.d_in, site.d_out) for site in learner.attachment.shapes)
+        experts = read_experts(add_expert or [], known, routes=learner.config.routes, widest=widest)
         for name, rank in experts.items():
-            # one whose record a killed run has left in the journal is there by now
-            if name not in learner.experts:
-                learner.add_expert(name, rank=rank)
+            learner.add_expert(name, rank=rank)
         learner.update_budget_ms = update_budget_ms
         shown = stack.enter_context(LearnProgress(samples))
         result = learn_file(learner, samples, refresh=refresh, on_progress=shown.update)
@@ -311,12 +313,13 @@ def _freeze(
 ) -> int:
     log_to_stderr()
     meta = _needed(state)
-    known = [expert["name"] for expert in meta["experts"]["experts"]]
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"no expert {unknown[0]!r} in {state}: there are {', '.join(known)}")
     with closing(_resume(state, meta, model=model, device=device)) as learner:
+        if unknown := [name for name in names if name not in learner.experts]:
+            raise ConfigError(f"no expert {unknown[0]!r} in {state}: there are {', '.join(learner.experts)}")
         for name in names:
             (learner.freeze if frozen else learner.unfreeze)(name)
+        # `status` reads what is saved
+        learner.save_state()
         fields = learner.status()
     _answer(fields, as_json, f"frozen now: {', '.join(fields['frozen']) or 'none'}")
     return 0
@@ -334,10 +337,18 @@ def _meta(state: Path) -> dict[str, Any] | None:
                              "choose a folder that can")
         return None
     from ogpstream.learner.folder import StateFolder
+    from ogpstream.learner.state import FORMAT
+    from ogpstream.learner.status import read_status
 
     folder = StateFolder(state)
     try:
-        return None if folder.empty else {**folder.load().meta, "versions": folder.versions()}
+        if folder.empty:
+            return None
+        meta = folder.load().meta
+        if meta.get("format") != FORMAT:
+            # it raises what `status` says of such a state
+            read_status(state)
+        return {**meta, "versions": folder.versions()}
     finally:
         folder.close()
 

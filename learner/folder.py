@@ -1,6 +1,9 @@
 """A state folder: the journal of everything that was acknowledged, snapshots of the state, and the quarantine.
 
-A sample is acknowledged once its record is on disk. Recovery is the newest valid snapshot and the journal after it.
+A sample is acknowledged once its record is on disk. Recovery is the newest valid snapshot and the journal after it,
+without the records that could not be written at once:
+
+    withdrawn   the records numbered `of`, before it, are none: whoever brought them was told so
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +28,10 @@ from ogpstream.memory.snapshot import Snapshot, SnapshotDamaged, SnapshotFormat,
 
 # a JSON object with `kind` and, once the journal has it, `seq`
 Record = dict[str, Any]
+
+_WITHDRAWN = "withdrawn"
+# a remedy for a folder that could be written when it was opened
+_DISK = "check the disk"
 
 
 class StateFolder:
@@ -52,6 +59,7 @@ class StateFolder:
                 self.journal.close()
                 raise
         self._quarantined: set[int] | None = None
+        self._withdrawing = False  # the journal may hold what it has not written
         if not readonly and self.empty and self.journal.last_seq:
             self.journal.close()
             raise StateError(f"{self.path} is damaged: it has a journal and no snapshot; "
@@ -80,17 +88,39 @@ class StateFolder:
         return snapshot
 
     def append(self, record: dict[str, Any]) -> int:
-        with self._named():
+        """Number a record; `sync` or `withdraw` comes next."""
+        with self._named(_DISK):
+            if self._withdrawing:
+                # first, so that on a full disk the journal holds one failure, and not all that were tried
+                self.journal.sync()
+                self._withdrawing = False
             return self.journal.append(record)
 
     def sync(self) -> None:
         """Make all appended records durable: the acknowledgement."""
-        with self._named():
+        with self._named(_DISK):
             self.journal.sync()
 
+    def withdraw(self, numbers: Sequence[int]) -> None:
+        """Take back records that were appended and not made durable: no reader finds them.
+
+        A journal keeps what it could not write for its next write, which says with this that they are none. Only a kill
+        within that write can leave them there, as one can that comes just before an acknowledgement.
+        """
+        # a journal that has ended writes nothing any more
+        with suppress(JournalFailed):
+            if numbers:
+                self.journal.append({"kind": _WITHDRAWN, "of": list(numbers)})
+                self._withdrawing = True
+
     def records(self, after: int) -> Iterator[dict[str, Any]]:
+        """The records behind a number, in order, but those that were withdrawn."""
         with self._named():
-            yield from self.journal.records(after)
+            found = self.journal.records(after)
+            # what withdraws a record comes after it
+            gone = {number for record in self.journal.records(after) if record["kind"] == _WITHDRAWN
+                    for number in (record["seq"], *record["of"])}
+            yield from (record for record in found if record["seq"] not in gone)
 
     def kept(self, after: int) -> Iterator[dict[str, Any]]:
         """The same without those that were dropped already: a pinned snapshot can be older than the journal."""
@@ -98,7 +128,7 @@ class StateFolder:
 
     def save(self, version: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """Write a snapshot; drop the journal that no kept snapshot needs any more, and the imports that it named."""
-        with self._named():
+        with self._named(_DISK):
             self.journal.sync()
             self.snapshots.save(version, tensors, meta)
             self.journal.rotate()
@@ -114,15 +144,15 @@ class StateFolder:
         """Keep a sample that is not learned, with the reason, for a person to review.
 
         A record is kept once, with its first reason: not again when it is applied again after a kill, or undone by a
-        rollback after it was refused.
+        rollback after it was refused. What a person has written into the file stays.
         """
-        with self._named(), open(self.path / "quarantine.jsonl", "ab+") as file:
+        with self._named(_DISK), open(self.path / "quarantine.jsonl", "ab+") as file:
             if self._quarantined is None:
                 self._quarantined = _entries(file)
             if entry["seq"] in self._quarantined:
                 return
             entries, self._quarantined = self._quarantined, None  # to be read again if this fails half-way
-            file.write(canonical_json(entry) + b"\n")
+            file.write((b"" if _ends_a_line(file) else b"\n") + canonical_json(entry) + b"\n")
             file.flush()
             os.fsync(file.fileno())
             self._quarantined = entries | {entry["seq"]}
@@ -168,10 +198,11 @@ class StateFolder:
             self.snapshots.pin(version, name)
 
     def close(self) -> None:
-        self.journal.close()
+        with self._named(_DISK):
+            self.journal.close()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self, remedy: str = "choose a folder that can be written") -> Iterator[None]:
         """Turn what the disk and the files say into one line with the folder and a remedy."""
         try:
             yield
@@ -184,24 +215,44 @@ class StateFolder:
         except JournalFailed as error:
             raise StateError(f"{self.path} cannot be written any more: {error}; check the disk, restart") from error
         except OSError as error:
-            raise StateError(f"{self.path} cannot be used: {error.strerror or error}; "
-                             "choose a folder that can be written") from error
+            raise StateError(f"{self.path} cannot be used: {error.strerror or error}; {remedy}") from error
         except ValueError as error:
             raise StateError(f"{self.path}: {error}") from error
 
 
 def _entries(file: BinaryIO) -> set[int]:
-    """The journal numbers of what a quarantine holds; a line that a kill left half written is cut off."""
+    """The journal numbers of what a quarantine holds; a line that a kill left half written is cut off.
+
+    Other lines that are no entry are those of a person.
+    """
     file.seek(0)
     entries = set()
     end = 0
     for line in file:
-        if not line.endswith(b"\n"):
-            break
+        number = _number(line)
+        if number is not None:
+            entries.add(number)
+        elif line.startswith(b"{") and not line.endswith(b"\n"):
+            file.truncate(end)
         end += len(line)
-        entries.add(json.loads(line)["seq"])
-    file.truncate(end)
     return entries
+
+
+def _number(line: bytes) -> int | None:
+    """The journal number of an entry of a quarantine; None for a line that is none."""
+    try:
+        number = json.loads(line)["seq"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return number if isinstance(number, int) else None
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    """Whether what is appended to a file begins a line."""
+    if not file.seek(0, os.SEEK_END):
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 class MemoryFolder:
@@ -220,6 +271,9 @@ class MemoryFolder:
 
     def sync(self) -> None:
         """Nothing is written."""
+
+    def withdraw(self, numbers: Sequence[int]) -> None:
+        """Nothing is kept either."""
 
     def records(self, after: int) -> Iterator[dict[str, Any]]:
         """None are kept."""

@@ -13,8 +13,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -94,6 +95,7 @@ class IdleLoop:
         self._calls: deque[tuple[Callable[[StreamLearner], Any], Future[Any]]] = deque()
         self._thread: threading.Thread | None = None
         self._ticking = threading.Lock()
+        self._ticker: int | None = None  # ident of the thread that ticks
         self._wake = threading.Event()
         self._paused = False
         self._work: Generator[str, None, Report] | None = None  # the update that is half-way
@@ -118,7 +120,7 @@ class IdleLoop:
 
         Raises:
             SampleError: the sample is unusable.
-            StateError: the journal cannot be written, or the loop is closed.
+            StateError: the journal cannot be written, or the loop is closed: the sample is not taken.
         """
         with self._desk.asking() as learner:
             accepted = learner.accept(sample)
@@ -175,7 +177,13 @@ class IdleLoop:
         """Stop after the unit that runs and give the learner back; what is pending is learned when it is loaded next.
 
         Waits for the generation that the engine's lock waits for. Futures that are open get a StateError.
+
+        Raises:
+            StateError: called by what the thread that learns runs: a `call`, a callback of a future, the engine.
         """
+        if self._ticker == threading.get_ident():
+            # it would wait for itself
+            raise StateError("this thread drives the idle loop: close it from another one")
         if not self._desk.shut():
             return
         self._wake.set()
@@ -207,7 +215,7 @@ class IdleLoop:
         Returns:
             Whether the next tick has something to do at once.
         """
-        with self._ticking:
+        with self._alone():
             try:
                 return not self._desk.closed and self._turn()
             except Exception as error:
@@ -215,6 +223,15 @@ class IdleLoop:
                 return False
             finally:
                 self._tickets.tell()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._ticking:
+            self._ticker = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._ticker = None
 
     def _run(self) -> None:
         device = self._learner.model.device

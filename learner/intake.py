@@ -60,7 +60,7 @@ class Intake:
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
-            StateError: the journal cannot be written.
+            StateError: the journal cannot be written: nothing is taken.
         """
         known = self._known(sample)
         if known is None and not self._waits(sample):
@@ -78,7 +78,7 @@ class Intake:
 
         Raises:
             SampleError: one of them is unusable; none of them is acknowledged then.
-            StateError: the journal cannot be written.
+            StateError: the journal cannot be written: nothing is taken.
         """
         planned: list[Record | SampleReport] = []
         taken: set[str] = set()

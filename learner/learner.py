@@ -218,6 +218,8 @@ class StreamLearner:
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
+            StateError: the state folder cannot be written. Where nothing is pending then, the sample was not taken;
+                else it is kept, and the next call of any learning method goes on with it.
         """
         return exhausted(self.step(sample))
 
@@ -234,10 +236,13 @@ class StreamLearner:
         if known is not None:
             self.queue.last_report = known
             return known
+        # others may wait before it, and come behind it between two units
+        own = self.queue.newest(sample.id)
         report: Report = None
         while self.queue:
+            number = self.queue.oldest
             done = yield from self.queue.apply_next()
-            report = done if isinstance(done, SampleReport) else report
+            report = done if number == own else report
         assert isinstance(report, SampleReport)
         return report
 
@@ -250,7 +255,7 @@ class StreamLearner:
 
         Raises:
             SampleError: the sample is unusable; the state is unharmed.
-            StateError: the journal cannot be written.
+            StateError: the journal cannot be written: the sample is not taken.
         """
         return self._intake.accept(sample)
 
@@ -393,7 +398,8 @@ class StreamLearner:
     def freeze(self, name: str) -> None:
         """Let an expert be as it is: no update changes it, new samples of it are rejected, its old ones rest.
 
-        It goes on answering. What it computes stays exactly, since nothing is folded or cut either.
+        It goes on answering. What it computes stays exactly, since nothing is folded or cut either; only `rollback`
+        changes it.
 
         Raises:
             ConfigError: it is unknown.
@@ -413,7 +419,7 @@ class StreamLearner:
         """Write one expert, plastic and held part as one LoRA of rank r + r_c, as a PEFT adapter folder.
 
         Args:
-            replace: an adapter that is there; anything else never is.
+            replace: an adapter that is there; anything else in its folder stays.
 
         Raises:
             StateError: the folder is not empty, or cannot be written.
@@ -425,7 +431,8 @@ class StreamLearner:
         each other one in a folder of its name inside. Returns the folders.
 
         Args:
-            replace: the adapters that are there; anything else never is.
+            replace: the adapters that are there, and of other experts what an earlier export left and nobody changed;
+                anything else stays.
 
         Raises:
             StateError: the folder is not empty, or cannot be written.
@@ -460,12 +467,19 @@ class StreamLearner:
     def rollback(self, version: int) -> None:
         """Return to a saved version, published as a new one; samples learned since go to quarantine.
 
+        What is pending is learned before, and undone. A frozen expert goes back too, and stays frozen. Without a state
+        folder the versions that are saved meanwhile may push out the one to return to.
+
         Raises:
-            StateError: there is no such version.
+            ConfigError: there is no such version, or not any more.
         """
         self._versions.return_to(version)
 
     def close(self) -> None:
-        """Release the state folder and take the adapters out of the model."""
+        """Release the state folder and take the adapters out of the model.
+
+        Raises:
+            StateError: the folder cannot be written. It is released, and has all that was acknowledged.
+        """
         self.queue.check_reserved()
         self._parts.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,15 @@ def read_settings(file: Path | None, changes: Sequence[str]) -> dict[str, Any]:
 
 
 def check_same(state: Path, given: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raises ConfigError where a setting that was named is not the one that a state has."""
-    asked = LearnerConfig.from_dict(given).to_dict()
+    """Raises ConfigError where a setting that was named is not the one that a state has.
+
+    Args:
+        saved: settings of the state; one that it lacks has its default, as where the state is loaded.
+    """
+    asked, has = (LearnerConfig.from_dict(settings).to_dict() for settings in (given, saved))
     for name in given:
-        if asked[name] != saved[name]:
-            raise ConfigError(f"the state in {state} has {name} = {json.dumps(saved[name])}, not "
+        if asked[name] != has[name]:
+            raise ConfigError(f"the state in {state} has {name} = {json.dumps(has[name])}, not "
                               f"{json.dumps(asked[name])}: leave the setting out, or choose another --state")
 
 
@@ -56,16 +60,20 @@ def read_texts(file: Path, settings: LearnerConfig) -> list[str]:
     return texts
 
 
-def read_experts(words: Sequence[str], saved: dict[str, int]) -> dict[str, int | None]:
+def read_experts(
+    words: Sequence[str], known: Mapping[str, int], *, routes: bool, widest: int | None = None
+) -> dict[str, int | None]:
     """Rank by name of the experts of --add-expert that a state lacks; None is the rank of the settings.
 
     Args:
-        saved: rank by name of those that the state has.
+        known: rank by name of those that the state has.
+        routes: names that begin as those of routing are refused.
+        widest: the highest rank that the model allows; None where it is not known yet.
 
     Raises:
-        ConfigError: one is not NAME or NAME:RANK, or the state has it with another rank.
+        ConfigError: one is not NAME or NAME:RANK, the state has it with another rank, or it cannot be made.
     """
-    from ogpstream.learner.samples import EXPERT_NAME
+    from ogpstream.learner.samples import DEFAULT_EXPERT, EXPERT_NAME
 
     experts: dict[str, int | None] = {}
     for word in words:
@@ -74,9 +82,15 @@ def read_experts(words: Sequence[str], saved: dict[str, int]) -> dict[str, int |
         if not EXPERT_NAME.fullmatch(name) or colon and not rank:
             raise ConfigError(f"--add-expert {word!r} is no expert: write NAME or NAME:RANK, the name of letters, "
                               "digits, '_' and '-'")
-        if name not in saved:
-            experts[name] = rank
-        elif rank not in (None, saved[name]):
-            raise ConfigError(f"the expert {name} has rank {saved[name]}, not {rank}: leave the rank out, or choose "
-                              "another name")
+        if name in known:
+            if rank not in (None, known[name]):
+                raise ConfigError(f"the expert {name} has rank {known[name]}, not {rank}: leave the rank out, or "
+                                  "choose another name")
+            continue
+        if routes and name.startswith(f"{DEFAULT_EXPERT}-"):
+            raise ConfigError(f"--add-expert {word}: {name!r} is a name that routing gives, choose one that does not "
+                              "begin so")
+        if widest is not None and rank is not None and rank > widest:
+            raise ConfigError(f"--add-expert {word}: an expert of this model has a rank of 1 to {widest}")
+        experts[name] = rank
     return experts

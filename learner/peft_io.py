@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +25,18 @@ from transformers import PreTrainedModel
 from ogpstream.learner.errors import ModelError, StateError
 from ogpstream.learner.sites import Attachment
 
+_log = logging.getLogger(__name__)
+
+_CARD = "README.md"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _UNREADABLE = (SafetensorError, UnpicklingError)
 _PREFIX = "base_model.model."
+
+_EXPORTED = "Exported by `ogp-lora-stream`: "
+# the last line of a card: it proves that the card, or the files beside it, are as they were written
+_SEAL = "<!-- sha256 of the text above: {}, of the adapter beside it: {} -->\n"
+_SEALED = re.compile("(?P<text>.*\n)" + _SEAL.format("(?P<card>[0-9a-f]{64})", "(?P<adapter>[0-9a-f]{64})"), re.DOTALL)
 
 # what makes an adapter more than y += scaling x A B
 _EXTRAS = (
@@ -72,21 +83,22 @@ def export_adapter(
 ) -> None:
     """Write one LoRA adapter y += x A B that plain PEFT loads.
 
-    The folder appears complete under its name or not at all.
+    The adapter appears complete under its name or not at all. All else that is in its folder stays as it is.
 
     Args:
         factors: A `[D_in, R]`, B `[R, D_out]` per site, all scaling in B: A = [A | U], B = [scaling B ; V].
             R may differ between sites; the folder has the largest one.
         base_model_name: path or id of the base model, written into the adapter's configuration.
         about: what the model card says of where the adapter comes from.
-        replace: an adapter that is there. Those in folders inside of it stay.
+        replace: an adapter that is there, but for a model card that is not as it was exported.
 
     Raises:
         StateError: the folder holds something else than an adapter, or cannot be written.
         ModelError: a copy of the model built from its configuration has other linears than the model.
     """
-    target = Path(os.path.abspath(folder))
-    replaces = (target / _CONFIG).is_file()
+    target = Path(os.path.realpath(folder))
+    # without its configuration where a kill ended an export
+    replaces = (target / _CONFIG).is_file() or _own_card(target) is not None
     if target.exists() and not replaces and (not target.is_dir() or any(target.iterdir())):
         raise StateError(f"{folder} exists and is no PEFT adapter: choose another folder")
     if replaces and not replace:
@@ -122,27 +134,98 @@ def export_adapter(
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             fresh = Path(scratch, "new")
             adapted.save_pretrained(str(fresh), save_embedding_layers=False)
+            card = _card(base_model_name, config, about)
             # PEFT's own is a form to fill in
-            (fresh / "README.md").write_text(_card(base_model_name, config, about), "utf-8")
-            old = Path(scratch, "old")
+            (fresh / _CARD).write_bytes((card + _SEAL.format(_sha256(card), _adapter_sha256(fresh))).encode())
             if replaces:
-                target.rename(old)
-            try:
+                _swap(target, fresh, Path(scratch))
+            else:
                 fresh.rename(target)
-            except OSError:
-                if replaces:
-                    old.rename(target)
-                raise
-            for other in adapters_in(old) if replaces else ():
-                other.rename(target / other.name)
     except OSError as error:
         raise StateError(f"cannot write the adapter to {folder}: {error.strerror or error}; choose another "
                          "folder") from error
 
 
+def _swap(target: Path, fresh: Path, scratch: Path) -> None:
+    """Put the files of an adapter in the place of another one's, one by one.
+
+    The configuration goes first and comes last, but for the card: without it a folder holds no adapter.
+    """
+    files = [_CONFIG, _WEIGHTS[0]]
+    old = scratch / "old"
+    old.mkdir()
+    theirs = (target / _CARD).exists() and _own_card(target) is None
+    try:
+        for name in files:
+            if (target / name).is_file():
+                (target / name).rename(old / name)
+        for name in reversed(files):
+            (fresh / name).rename(target / name)
+        if not theirs:
+            (fresh / _CARD).replace(target / _CARD)
+    except BaseException:
+        for name in files:
+            # the new ones go in the order in which the old ones went
+            if not (fresh / name).exists():
+                (target / name).unlink()
+        for name in reversed(files):
+            if (old / name).exists():
+                (old / name).replace(target / name)
+        raise
+    if theirs:
+        _log.warning("%s is not as it was exported: it stays, and does not tell of the new adapter", target / _CARD)
+
+
 def adapters_in(folder: Path) -> list[Path]:
     """The folders of adapters inside a folder, which may be one too."""
     return [inner for inner in folder.iterdir() if (inner / _CONFIG).is_file()]
+
+
+def remove_export(folder: Path, about: str) -> None:
+    """Remove an adapter if `export_adapter` wrote it, `about` something that begins so, and it was not changed since.
+
+    Other files in its folder stay.
+
+    Raises:
+        StateError: it cannot be removed.
+    """
+    try:
+        own = _own_card(folder)
+        if own is None or folder.is_symlink() or f"\n{_EXPORTED}{about}" not in own["text"]:
+            return
+        if not (folder / _WEIGHTS[0]).is_file() or own["adapter"] != _adapter_sha256(folder):
+            return
+        # first what makes it an adapter
+        for name in (_CONFIG, _WEIGHTS[0], _CARD):
+            (folder / name).unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise StateError(f"cannot remove {folder}, an earlier export: {error.strerror or error}; "
+                         "remove it by hand") from error
+
+
+def _own_card(folder: Path) -> re.Match[str] | None:
+    """The card in a folder, taken apart, if `export_adapter` wrote it and nobody has changed it since."""
+    try:
+        found = _SEALED.fullmatch((folder / _CARD).read_bytes().decode())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found if found and found["card"] == _sha256(found["text"]) else None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _adapter_sha256(folder: Path) -> str:
+    """Of the configuration and the weights, one after the other."""
+    digest = hashlib.sha256()
+    for name in (_CONFIG, _WEIGHTS[0]):
+        with open(folder / name, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _card(base: str, config: LoraConfig, about: str) -> str:
@@ -154,7 +237,7 @@ tags: [lora, ogp-lora-stream]
 ---
 # A LoRA adapter for {base}
 
-Exported by `ogp-lora-stream`: {about or "an expert"}.
+{_EXPORTED}{about or "an expert"}.
 
 - base model: `{base}`, unchanged
 - rank {config.r}: what is still trained and what is held of it, as one LoRA; alpha {config.lora_alpha}

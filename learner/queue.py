@@ -36,7 +36,7 @@ class RecordQueue:
     """
 
     def __init__(self, state: LearnerState, updater: Updater, config: LearnerConfig, own: dict[str, Any]) -> None:
-        self.applier = Applier(state, updater, config, MemoryFolder(), own, self.acknowledge)
+        self.applier = Applier(state, updater, config, MemoryFolder(), own, self._journal)
         self.reserved_for: int | None = None
         self.on_applied: Callable[[int, Report], None] | None = None
         self.last_report: SampleReport | None = None
@@ -56,6 +56,10 @@ class RecordQueue:
         """Whether a sample of this id is pending."""
         return any(record.get("id") == id_ for record in self._records)
 
+    def newest(self, id_: str | None) -> int:
+        """Number of the newest pending record of a sample of this id, or of one without."""
+        return next(one["seq"] for one in reversed(self._records) if "id" in one and one["id"] == id_)
+
     def check_reserved(self) -> None:
         """Raises StateError where an `IdleLoop` drives the learner and this thread is not its turn's."""
         if self.reserved_for not in (None, threading.get_ident()):
@@ -71,7 +75,7 @@ class RecordQueue:
             raise StateError("the learner is closed: load its state again, or make a new one")
 
     def acknowledge(self, records: Sequence[Record]) -> int | None:
-        """Journal records and queue them; safe on disk when this returns.
+        """Journal records and queue them; safe on disk when this returns, and none is taken when it raises.
 
         Returns:
             The number of the last one, or None for none.
@@ -79,14 +83,28 @@ class RecordQueue:
         Raises:
             StateError: the learner is reserved, or the journal cannot be written.
         """
+        try:
+            return self._journal(records)
+        except StateError as error:
+            raise _told(error, ", then bring it again: nothing of it was taken") from error.__cause__
+
+    def _journal(self, records: Sequence[Record]) -> int | None:
+        """`acknowledge` for those that are about a pending record too, which is kept where they are not taken."""
         self._check_open()
-        folder, number = self.applier.folder, None
-        for record in records:
-            number = folder.append(record)
-            # pending before it is safe on disk: a journal whose disk is full keeps the record for its next sync
-            self.enqueue([{**record, "seq": number}])
-        folder.sync()
-        return number
+        folder, numbers = self.applier.folder, list[int]()
+        try:
+            for record in records:
+                numbers.append(folder.append(record))
+            folder.sync()
+        except Exception:
+            # whoever brought them will bring them again, and without an id that would be another sample
+            folder.withdraw(numbers)
+            numbers.clear()
+            raise
+        finally:
+            # those of an interrupt too, which the journal has or will write
+            self.enqueue({**record, "seq": number} for record, number in zip(records, numbers, strict=False))
+        return numbers[-1] if numbers else None
 
     def enqueue(self, records: Iterable[Record]) -> None:
         """Queue records that the journal has."""
@@ -105,10 +123,13 @@ class RecordQueue:
         """
         self._check_open()
         applier = self.applier
-        # what a failed sync has left is on the disk before it acts
-        applier.folder.sync()
         before = applier.updater.out_of_memory
-        report = yield from applier.apply(self._records[0])
+        try:
+            # what an interrupt has left is on the disk before it acts
+            applier.folder.sync()
+            report = yield from applier.apply(self._records[0])
+        except StateError as error:
+            raise _told(error, ": what was acknowledged is kept, and gone on with then") from error.__cause__
         record = self._records.popleft()
         while self._records and self._records[0]["kind"] in amendments.KINDS:
             yield from applier.apply(self._records.popleft())
@@ -125,3 +146,8 @@ class RecordQueue:
         while self._records:
             report = yield from self.apply_next()
         return report
+
+
+def _told(error: StateError, more: str) -> StateError:
+    """An error, with what has become of the records where it is one of the disk."""
+    return StateError(f"{error}{more}") if isinstance(error.__cause__, OSError) else error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,7 +68,7 @@ class Roster:
                             torch.cat([expert.scaling * expert.b(index), held.V], 0)))
         peft_io.export_adapter(folder, model=model, attachment=self._attachment, factors=factors,
                                base_model_name=model.config.name_or_path, replace=replace,
-                               about=f"expert `{name}` as of version {self._store.served.version}, after "
+                               about=f"{_about(name)}as of version {self._store.served.version}, after "
                                      f"{state.ring.offered.get(name, 0)} samples of its own; all experts together "
                                      f"({', '.join(self.names)}) learned {state.counters.learned}")
         return Path(folder)
@@ -82,7 +81,7 @@ class Roster:
         for other in peft_io.adapters_in(Path(folder)):
             if other not in written:
                 # of an expert that there was in an earlier export
-                shutil.rmtree(other)
+                peft_io.remove_export(other, _about(other.name))
         return written
 
     def import_peft(self, folder: str | os.PathLike[str], name: str) -> None:
@@ -111,3 +110,8 @@ class Roster:
             return self._store.expert(name)
         except UnknownExpert as error:
             raise ConfigError(str(error)) from None
+
+
+def _about(name: str) -> str:
+    """How the card of an expert's adapter begins to tell of it; a copy in a folder of another name is not this."""
+    return f"expert `{name}` "

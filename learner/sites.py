@@ -6,6 +6,7 @@ the AdapterStore, and the linears read them through a `Binding`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -255,6 +256,8 @@ def _inject(model: PreTrainedModel, rank: int, target_modules: Sequence[str] | s
     try:
         # factors on the meta device: neither memory nor random numbers are spent on what is removed again
         inject_adapter_in_model(config, model, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+    except re.error as error:
+        raise ConfigError(f"target_modules {wanted!r} is no regular expression ({error}): {remedy}") from error
     except ValueError as error:
         what = "has no default targets" if wanted is None else f"finds no target {wanted!r}"
         raise ModelError(f"PEFT {what} for {kind}: {remedy}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ogpstream.learner.errors import StateError
+from ogpstream.learner.errors import ConfigError, StateError
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.queue import RecordQueue
 from ogpstream.memory.units import exhausted
@@ -39,11 +39,17 @@ class Versions:
 
     def return_to(self, version: int) -> None:
         """See `StreamLearner.rollback`."""
-        saved = self.saved()
-        if version not in saved:
-            raise StateError(f"no version {version} to return to: there are {', '.join(map(str, saved))}")
-        # kept for as long as the journal may repeat this rollback
+        self._check_saved(version)
+        # kept while what waits is applied, and for as long as the journal may repeat this rollback
         self._applier.folder.pin(version, "rollback")
+        exhausted(self._queue.drain())
+        # in memory nothing is pinned, and a record that cannot be applied would stop all that come after it
+        self._check_saved(version)
         self._queue.acknowledge([{"kind": "rollback", "to": version}])
         exhausted(self._queue.drain())
         self.save()
+
+    def _check_saved(self, version: int) -> None:
+        saved = self.saved()
+        if version not in saved:
+            raise ConfigError(f"no version {version} to return to: there are {', '.join(map(str, saved))}")

@@ -13,6 +13,7 @@ from ogpstream import learner as learner_package
 from ogpstream.learner import StreamLearner, cli, terminal
 from ogpstream.learner.answer import Answer
 from ogpstream.learner.folder import StateFolder
+from ogpstream.learner.state import FORMAT
 from ogpstream.profiling.bench import NAMES
 
 SETTINGS = ["--set", "warm_samples=2", "--set", "warm_tokens=4", "--set", "snapshot_every=4"]
@@ -175,6 +176,34 @@ def test_experts_that_lines_name_are_made_once(place, run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_no_expert_is_made_where_one_of_them_cannot_be(place, copy, run, tmp_path):
+    options = dict(model=place / "model", samples=place / "s.jsonl")
+
+    def wrong(last, *words, state="state"):
+        command = learn(tmp_path, "--add-expert", "law", "--add-expert", last, state=state, **options)
+        one_line(*run(*command), *words, exit_status=2)
+
+    wrong("default-x", "'default-x' is a name that routing gives", state="new")
+    assert not (tmp_path / "new").exists()
+    wrong("default-x", "'default-x' is a name that routing gives")
+    for state in ("state", "new"):
+        wrong("tax:99", "--add-expert tax:99", "a rank of 1 to 24", state=state)
+        status = json.loads(run("status", "--state", tmp_path / state, "--json")[1][0])
+        assert (status["experts"], status["pending"]) == (["default"], 0)
+    only_in_the_journal(place, copy, "law")
+    one_line(*run(*learn(tmp_path, "--add-expert", "law:4", **options)), "law has rank 8, not 4", exit_status=2)
+    # where prompts are not routed the name is one like others
+    named = [*SETTINGS, "--set", "routing=named"]
+    assert run(*learn(tmp_path, "--add-expert", "default-x", state="named", settings=named, **options))[0] == 0
+
+
+def only_in_the_journal(place, state, expert):
+    """An expert that no snapshot has."""
+    learner = StreamLearner.load_state(state, AutoModelForCausalLM.from_pretrained(place / "model"))
+    learner.add_expert(expert)
+    learner.close()
+
+
 def test_a_cut_sample_is_told(place, run, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "completion": "y"}) + "\n")
     code, out, err = run(*learn(tmp_path, model=place / "model", samples=tmp_path / "long.jsonl"))
@@ -239,12 +268,16 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
 def test_a_frozen_expert_stays_as_it_is_until_it_is_unfrozen(place, copy, run, tmp_path):
     one_line(*run("freeze", "default", "other", "--state", copy), "no expert 'other'", "there are default",
              exit_status=2)
-    code, out, err = run("freeze", "default", "--state", copy, "--json")
-    assert (code, err, json.loads(out[0])["frozen"]) == (0, [], ["default"])
+    only_in_the_journal(place, copy, "law")
+    for names in (["default"], ["law", "default"]):
+        code, out, err = run("freeze", *names, "--state", copy, "--json")
+        assert (code, err, json.loads(out[0])["frozen"]) == (0, [], sorted(names))
+        # and who looks at the state is told the same
+        assert json.loads(run("status", "--state", copy, "--json")[1][0]) == json.loads(out[0])
     (tmp_path / "more.jsonl").write_text(json.dumps({"prompt": "say 4", "completion": " 9"}) + "\n")
     more = ["learn", "--model", place / "model", "--samples", tmp_path / "more.jsonl", "--state", copy, "--json"]
     assert json.loads(run(*more)[1][0])["rejected"] == 1
-    assert run("unfreeze", "default", "--state", copy) == (0, ["frozen now: none"], [])
+    assert run("unfreeze", "default", "--state", copy) == (0, ["frozen now: law"], [])
     assert json.loads(run(*more)[1][0])["learned"] == 1
 
 
@@ -350,6 +383,33 @@ def test_errors_are_one_line_with_a_remedy(place, copy, run, tmp_path, monkeypat
     assert run(*learn(tmp_path, **good))[0] == 0
 
 
+def forge(state, **changes):
+    """Save a state's newest snapshot again, with another meta."""
+    folder = StateFolder(state)
+    snapshot = folder.load()
+    folder.save(snapshot.version, snapshot.tensors, {**snapshot.meta, **changes})
+    folder.close()
+
+
+def test_a_state_of_another_format_is_told_alike_by_every_command(place, copy, run, tmp_path):
+    config = StateFolder(copy, readonly=True).load().meta["config"]
+    del config["loraplus_lr_ratio"]
+    forge(copy, format=FORMAT - 1, config={**config, "retired": 1})
+    said = run("status", "--state", copy)
+    one_line(*said, f"{copy} has a state of format {FORMAT - 1}, this version reads {FORMAT}")
+    good = dict(model=place / "model", samples=place / "s.jsonl")
+    for command in (learn(tmp_path, "--set", "loraplus_lr_ratio=2", **good), ["ask", "x", "--state", copy],
+                    ["rollback", "--to", 1, "--state", copy], ["freeze", "default", "--state", copy],
+                    ["export", "--out", tmp_path / "a", "--state", copy]):
+        assert run(*command) == said
+    # a setting that a state of this format lacks has its default, as where it is loaded
+    forge(copy, format=FORMAT, config=config)
+    assert run(*learn(tmp_path, "--set", "loraplus_lr_ratio=2", **good))[0] == 0
+    forge(copy, config=config)
+    one_line(*run(*learn(tmp_path, "--set", "loraplus_lr_ratio=3", **good)), "has loraplus_lr_ratio = 2.0, not 3",
+             exit_status=2)
+
+
 def test_settings_and_calibration_come_from_files(place, run, tmp_path):
     (tmp_path / "config.json").write_text('{"lr": 0.01, "warm_samples": 2, "warm_tokens": 4}')
     (tmp_path / "texts.txt").write_text("some text\n\nmore of it\n")
@@ -374,6 +434,7 @@ def test_settings_and_calibration_come_from_files(place, run, tmp_path):
     (tmp_path / "texts.txt").write_text("\n")
     wrong(*files, "texts.txt holds no text")
     wrong(*files, "--set", "warm_start=false", "drop the texts")
+    wrong("--set", "target_modules=*_proj", "target_modules '*_proj' is no regular expression")
 
 
 def test_wrong_use_exits_with_2_in_one_line(place, run):

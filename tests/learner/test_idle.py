@@ -534,7 +534,7 @@ def test_calls_go_first_and_abort_what_is_half_way(make: MakeLearner) -> None:
     assert late.result(timeout=0).status == "learned" and learner.pending == 0
     failed = loop.call(lambda learner: learner.rollback(-1))
     loop.tick()
-    with pytest.raises(StateError, match="no version"):
+    with pytest.raises(ConfigError, match="no version"):
         failed.result(timeout=0)
     loop.close()
 
@@ -598,6 +598,42 @@ def test_closed_half_way_the_sample_is_learned_when_the_state_is_loaded(
     again = StreamLearner.load_state(tmp_path / "state", _model(tiny_model))
     assert again.state_sha256() == plain.state_sha256()
     again.close()
+
+
+@pytest.mark.parametrize("driven", ["by its thread", "by ticks"])
+def test_the_thread_that_learns_cannot_close_it_and_another_can(make: MakeLearner, driven: str) -> None:
+    learner = make()
+    loop = IdleLoop(learner, Engine(), consolidate=False)
+    refused: list[BaseException] = []
+
+    def close(_: object) -> None:
+        try:
+            loop.close()
+        except BaseException as error:
+            refused.append(error)
+
+    submitted, called = loop.submit(_sample(0)), loop.call(close)
+    submitted.add_done_callback(close)
+    if driven == "by its thread":
+        loop.start()
+    else:
+        # not in this one, which would hang where it waits for itself
+        ticking = threading.Thread(target=_finish, args=(loop,), daemon=True)
+        ticking.start()
+        ticking.join(timeout=60)
+        assert not ticking.is_alive()
+    called.result(timeout=60)
+    assert submitted.result(timeout=60).status == "learned"
+    # nothing is half closed
+    again = loop.submit(_sample(1))
+    if driven == "by ticks":
+        _finish(loop)
+    assert again.result(timeout=60).status == "learned"
+    loop.close()
+    assert [str(error) for error in refused] == 2 * ["this thread drives the idle loop: close it from another one"]
+    assert all(isinstance(error, StateError) for error in refused)
+    assert learner.learn_one(_sample(2)).status == "learned"
+    learner.close()
 
 
 def test_what_is_submitted_is_on_disk_before_anybody_is_told(make: MakeLearner, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """StreamLearner: what one call does to the model, the bases and the ring."""
 
+import json
+import os
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor
 from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, judge, update
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.step import Reading
+from ogpstream.memory import journal
 from ogpstream.memory.replay import SlotFlag
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -457,3 +460,256 @@ def test_a_closed_learner_says_so(make: MakeLearner) -> None:
     for work in (lambda: learner.learn_one(_sample(1)), lambda: learner.learn_batch([_sample(1)])):
         with pytest.raises(StateError, match="the learner is closed"):
             work()
+
+
+def test_a_report_is_of_the_sample_that_was_given(make: MakeLearner) -> None:
+    learner = make()
+    for name in ("A", "B"):
+        learner.accept(_sample(ord(name), id=name))
+    report = learner.learn_one(_sample(ord("A"), id="A"))
+    assert (report.id, report.status, report.version) == ("A", "learned", 2)
+    # what waited behind it is learned too, and is the newest
+    assert learner.pending == 0 and learner.last_report is not None and learner.last_report.id == "B"
+    again = learner.learn_one(_sample(ord("B"), id="B"))
+    assert (again.id, again.status) == ("B", "skipped")
+
+
+@pytest.mark.parametrize("own", [None, "own"])
+def test_a_step_reports_its_own_sample_though_another_came_meanwhile(make: MakeLearner, own: str | None) -> None:
+    learner = make()
+    learner.accept(_sample(1))
+    work = learner.step(_sample(2, id=own))
+    next(work)
+    learner.accept(_sample(3))
+    reports: list[SampleReport] = []
+    while not reports:
+        try:
+            next(work)
+        except StopIteration as end:
+            reports.append(end.value)
+    # the second one of three updates
+    assert (learner.pending, learner.version) == (0, 4)
+    assert (reports[0].id, reports[0].version) == (own, 3)
+
+
+# the state folder
+
+
+REFUSED = Sample(prompt_ids=(5, 6), completion_ids=(7,), label=False)
+
+
+def _loaded(tiny_model: TinyModel, folder: Path) -> StreamLearner:
+    return StreamLearner.load_state(folder, tiny_model("llama", num_hidden_layers=1))
+
+
+def test_a_quarantine_that_a_person_edited_is_loaded_and_gone_on_with(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    learner = make(tmp_path / "state")
+    learner.learn_one(REFUSED)
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    quarantine = tmp_path / "copy" / "quarantine.jsonl"
+    (entry,) = quarantine.read_text().splitlines()
+    edited = [entry, "", "seen by Ann", '{"id": "no number"}', '{"seq": [1]}', "7", "null", "[" * 9**6]
+    for last in (f"{entry}\n", "an end without a newline", entry):
+        quarantine.write_bytes("\n".join([*edited, last]).encode() + b"\n\xff\n" + last.encode())
+        text = quarantine.read_bytes()
+        again = _loaded(tiny_model, tmp_path / "copy")
+        # the record that is applied again is there already
+        assert again.state_sha256() == learner.state_sha256() and quarantine.read_bytes() == text
+        again.learn_one(REFUSED)
+        text += b"" if text.endswith(b"\n") else b"\n"
+        assert quarantine.read_bytes().startswith(text)
+        (added,) = quarantine.read_bytes()[len(text) :].splitlines()
+        assert json.loads(added)["seq"] == 2
+        # by an editor, while it is open
+        quarantine.write_text("by hand")
+        again.learn_one(REFUSED)
+        hand, added = quarantine.read_text().splitlines()
+        assert hand == "by hand" and json.loads(added)["seq"] == 3
+        again.close()
+        shutil.rmtree(tmp_path / "copy")
+        shutil.copytree(tmp_path / "state", tmp_path / "copy")
+
+
+def test_a_line_of_a_quarantine_that_a_kill_left_half_written_is_cut_off(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    learner = make(tmp_path / "state")
+    learner.learn_one(REFUSED)
+    whole = (tmp_path / "state" / "quarantine.jsonl").read_bytes()
+    for length in (1, 2, len(whole) // 2, len(whole) - 2, len(whole) - 1):
+        shutil.copytree(tmp_path / "state", tmp_path / str(length))
+        quarantine = tmp_path / str(length) / "quarantine.jsonl"
+        quarantine.write_bytes(b"seen by Ann\n" + whole[:length])
+        again = _loaded(tiny_model, tmp_path / str(length))
+        again.learn_one(REFUSED)
+        again.close()
+        note, *entries = quarantine.read_text().splitlines()
+        assert note == "seen by Ann" and [json.loads(entry)["seq"] for entry in entries] == [1, 2]
+
+
+def _full(descriptor: int, data: bytes) -> None:
+    raise OSError(28, "No space left on device")
+
+
+CHANGES: dict[str, Callable[[StreamLearner], Any]] = {
+    "learn_one": lambda learner: learner.learn_one(_sample(7)),
+    "learn_batch": lambda learner: learner.learn_batch([_sample(7), _sample(8)]),
+    "accept": lambda learner: learner.accept(_sample(7)),
+    "add_expert": lambda learner: learner.add_expert("law"),
+    "freeze": lambda learner: learner.freeze("default"),
+    "rollback": lambda learner: learner.rollback(learner.versions()[0]),
+    "consolidate": lambda learner: learner.consolidate(),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_a_full_disk_did_not_take_is_not_done_and_can_be_brought_again(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    plain, learner, skipped = make(tmp_path / "plain"), make(tmp_path / "state"), make(tmp_path / "skipped")
+    for one in (plain, learner, skipped):
+        one.learn_one(_sample(1))
+    for one in (learner, skipped):
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "write_all", _full)
+            before = one.state_sha256()
+            for _ in range(3):
+                told = "No space left on device.* bring it again: nothing of it was taken"
+                with pytest.raises(StateError, match=told) as caught:
+                    CHANGES[change](one)
+                assert "\n" not in str(caught.value)
+                assert one.pending == 0 and one.drain() is None and one.state_sha256() == before
+    # given up on
+    skipped.learn_one(_sample(9))
+    assert skipped.pending == 0 and skipped.state.counters.learned == 2 and skipped.experts == ("default",)
+    # the one that failed and its withdrawal; those behind it found the disk full before they were numbered
+    assert learner._applier.folder.append({"kind": "sample"}) == (5 if change == "learn_batch" else 4)
+    learner._applier.folder.withdraw([5 if change == "learn_batch" else 4])
+    for one in (plain, learner):
+        CHANGES[change](one)
+        one.drain()
+    assert learner.state.counters == plain.state.counters and learner.experts == plain.experts
+    assert all(map(torch.equal, _masters(learner), _masters(plain)))
+    for one in (learner, skipped):
+        wanted, place = one.state_sha256(), one._applier.folder.path
+        shutil.copytree(place, tmp_path / "copy")
+        again = _loaded(tiny_model, tmp_path / "copy")
+        assert again.state_sha256() == wanted
+        again.close()
+        shutil.rmtree(tmp_path / "copy")
+
+
+def test_what_could_not_be_noted_of_a_pending_sample_is_not_done(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state")
+    lengths = []
+    for seed, noted in enumerate((False, True)):
+        number = learner.accept(_sample(seed))
+        note = {"kind": "shorten", "of": number, "done": 0, "tokens": 8}
+        with monkeypatch.context() as patch:
+            if not noted:
+                patch.setattr(journal, "write_all", _full)
+                with pytest.raises(StateError, match="check the disk$"):
+                    learner._applier.acknowledge([note])
+            else:
+                learner._applier.acknowledge([note])
+        report = learner.drain()
+        assert isinstance(report, SampleReport)
+        lengths.append(report.tokens)
+    assert lengths == [10, 8]
+    wanted = learner.state_sha256()
+    learner.close()
+    again = _loaded(tiny_model, tmp_path / "state")
+    assert again.state_sha256() == wanted
+    again.close()
+
+
+def test_a_journal_that_ended_took_nothing(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state")
+    learner.learn_one(_sample(1))
+    wanted = learner.state_sha256()
+
+    def broken(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(StateError, match="restart, then bring it again: nothing of it was taken"):
+            learner.learn_one(_sample(2))
+    assert (learner.pending, learner.state_sha256()) == (0, wanted)
+    learner.close()
+    again = _loaded(tiny_model, tmp_path / "state")
+    assert again.state_sha256() == wanted
+    again.close()
+
+
+def test_what_an_interrupt_left_to_be_written_is_taken(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner._applier.folder, "sync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            learner.learn_one(_sample(1))
+    assert learner.pending == 1
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    unwritten = _loaded(tiny_model, tmp_path / "copy")
+    assert unwritten.state.counters.acknowledged == 0
+    unwritten.close()
+    next(learner.queue.apply_next())
+    # before anything of it acts
+    shutil.copytree(tmp_path / "state", tmp_path / "written")
+    learner.drain()
+    again = _loaded(tiny_model, tmp_path / "written")
+    assert again.state_sha256() == learner.state_sha256() and again.state.counters.learned == 1
+    again.close()
+
+
+def test_a_disk_that_fills_up_within_an_update_keeps_its_sample(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state", snapshot_every=1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner._applier.folder.snapshots, "save", full)
+        with pytest.raises(StateError, match="No space left on device.* acknowledged is kept") as caught:
+            learner.learn_one(_sample(1))
+    assert "\n" not in str(caught.value) and learner.pending == 1
+    learner.drain()
+    assert learner.state.counters.learned == 1
+    learner.close()
+    again = _loaded(tiny_model, tmp_path / "state")
+    assert again.state_sha256() == learner.state_sha256()
+    again.close()
+
+
+def test_a_learner_is_closed_on_a_full_disk_too(
+    make: MakeLearner, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make(tmp_path / "state")
+    learner.learn_one(_sample(1))
+    wanted = learner.state_sha256()
+    names = [name for name, _ in tiny_model("llama", num_hidden_layers=1).named_modules()]
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "write_all", _full)
+        with pytest.raises(StateError):
+            learner.learn_one(_sample(2))
+        with pytest.raises(StateError, match="state cannot be used: No space left on device; check the disk") as caught:
+            learner.close()
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in learner.model.named_modules()] == names
+    again = _loaded(tiny_model, tmp_path / "state")
+    assert again.state_sha256() == wanted
+    again.close()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -172,26 +173,107 @@ def test_an_adapter_is_replaced_and_a_failed_export_keeps_it(
     facts = ("some/base", "expert `law` of version 3", "PeftModel.from_pretrained", *attachment.target_modules)
     for fact in (*facts, f"rank {json.loads((folder / 'adapter_config.json').read_text())['r']}:"):
         assert fact in card
-    (folder / "old").touch()
     with pytest.raises(StateError, match="holds an adapter already.*--force"):
         _export(folder, llama, attachment)
-    assert (folder / "old").exists()
-    _export(folder, llama, attachment, replace=True)
-    assert not (folder / "old").exists()
+    (folder / "kept").mkdir()
+    (folder / "kept" / "notes.txt").write_text("mine")
+    _export(folder, llama, attachment, about="expert `law` of version 4", replace=True)
+    assert "version 4" in (folder / "README.md").read_text()
+    assert (folder / "kept" / "notes.txt").read_text() == "mine"
+    before = _files(folder)
 
-    (folder / "old").touch()
-    rename = Path.rename
+    def moving_all_but(*failing: str) -> Callable[[Path, Path], Path]:
+        def move(self: Path, target: Path) -> Path:
+            if (self.parent.name, self.name) == failing:
+                raise OSError(28, "No space left on device")
+            os.replace(self, target)
+            return target
 
-    def failing(self: Path, target: Path) -> Path:
-        if self.name == "new":
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
+        return move
 
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(StateError, match="cannot write the adapter to .*out: No space left"):
+    for failing in (("out", "adapter_config.json"), ("out", "adapter_model.safetensors"),
+                    ("new", "adapter_model.safetensors"), ("new", "adapter_config.json"), ("new", "README.md")):
+        with monkeypatch.context() as patch:
+            for name in ("rename", "replace"):
+                patch.setattr(Path, name, moving_all_but(*failing))
+            with pytest.raises(StateError, match="cannot write the adapter to .*out: No space left"):
+                _export(folder, llama, attachment, about="expert `law` of version 5", replace=True)
+        assert _files(folder) == before
+    # a folder of this name is nothing of ours
+    (folder / "adapter_model.safetensors").rename(folder / "elsewhere")
+    (folder / "adapter_model.safetensors").mkdir()
+    (folder / "adapter_model.safetensors" / "notes.txt").write_text("mine")
+    before = _files(folder)
+    with pytest.raises(StateError, match="cannot write the adapter to .*out: Is a directory"):
         _export(folder, llama, attachment, replace=True)
-    assert (folder / "old").exists()
+    assert _files(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_kill_while_an_adapter_is_replaced_leaves_a_whole_one_or_none(
+    llama: tf.PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attachment = attach(llama, rank=3, target_modules=ALL)
+    folder, fresh = tmp_path / "out", tmp_path / "fresh"
+    _export(folder, llama, attachment, about="an older one")
+    # of another rank, so that old and new files do not go together
+    _edit_config(folder, r=7)
+    (folder / "notes.txt").write_text("mine")
+    _export(fresh, llama, attachment)
+    old, new = _files(folder), {**_files(fresh), "notes.txt": b"mine"}
+    copies: list[Path] = []
+
+    def copied(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def wrapped(self: Path, target: Path) -> Path:
+            moved = move(self, target)
+            copies.append(Path(shutil.copytree(folder, tmp_path / str(len(copies)))))
+            return moved
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(Path, name, copied(getattr(Path, name)))
+        _export(folder, llama, attachment, replace=True)
+    assert _files(folder) == new and len(copies) == 5
+    for copy_ in copies:
+        left = _files(copy_)
+        assert left["notes.txt"] == b"mine"
+        if "adapter_config.json" in left:
+            assert {**left, "README.md": b""} in ({**old, "README.md": b""}, {**new, "README.md": b""})
+        # it is known for what an export has left
+        with pytest.raises(StateError, match="holds an adapter already.*--force"):
+            _export(copy_, llama, attachment)
+        _export(copy_, llama, attachment, replace=True)
+        assert _files(copy_) == new
+
+
+def test_the_card_of_somebody_else_stays(
+    llama: tf.PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    attachment = attach(llama, rank=3, target_modules=ALL)
+    _export(tmp_path / "out", llama, attachment)
+    _export(tmp_path / "theirs", llama, attachment)
+    with open(tmp_path / "theirs" / "README.md", "a") as card:
+        card.write("Measured by me: 0.7.\n")
+    _edit_config(tmp_path / "theirs", r=7)
+    wanted = {**_files(tmp_path / "out"), "README.md": (tmp_path / "theirs" / "README.md").read_bytes()}
+    _export(tmp_path / "theirs", llama, attachment, replace=True)
+    assert _files(tmp_path / "theirs") == wanted
+    assert "theirs/README.md is not as it was exported: it stays" in caplog.text
+
+
+def test_an_export_goes_through_a_link(llama: tf.PreTrainedModel, tmp_path: Path) -> None:
+    attachment = attach(llama, rank=3, target_modules=ALL)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for replace in (False, True):
+        _export(tmp_path / "link", llama, attachment, replace=replace)
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "adapter_config.json").is_file()
 
 
 def test_an_export_never_overwrites_something_else(llama: tf.PreTrainedModel, tmp_path: Path) -> None:

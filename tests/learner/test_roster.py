@@ -11,7 +11,7 @@ import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from ogpstream.learner import Sample, SampleReport, StreamLearner
+from ogpstream.learner import Sample, SampleReport, StateError, StreamLearner
 from ogpstream.learner.errors import ConfigError
 
 TinyModel = Callable[..., tf.PreTrainedModel]
@@ -268,3 +268,70 @@ def test_an_adapter_trained_by_plain_peft_is_continued(make: MakeLearner, tiny_m
     again = StreamLearner.load_state(tmp_path / "state", tiny_model("llama", num_hidden_layers=1))
     assert again.state_sha256() == learner.state_sha256()
     again.close()
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _named(*names: str) -> set[str]:
+    """The files of adapters in folders of these names."""
+    return {str(Path(name, file)) for name in names
+            for file in ("README.md", "adapter_config.json", "adapter_model.safetensors")}
+
+
+def test_a_replaced_export_leaves_all_that_is_not_ours(make: MakeLearner, tiny_model: TinyModel, tmp_path: Path
+                                                       ) -> None:
+    out = tmp_path / "adapters"
+    earlier = make()
+    for name in ("law", "cut", "changed", "noted", "linked"):
+        earlier.add_expert(name)
+    earlier.export_experts(out)
+    ours = _named("", "law", "cut", "changed", "noted", "linked")
+    assert set(_files(out)) == ours
+    (out / "notes.txt").write_text("mine")
+    (out / "eval").mkdir()
+    (out / "eval" / "scores.json").write_text("{}")
+    own = get_peft_model(tiny_model("llama", num_hidden_layers=1), LoraConfig(r=2, target_modules=["q_proj"]))
+    own.save_pretrained(out / "my-own")
+    shutil.copytree(out / "law", out / "a-copy")
+    (out / "law" / "notes.txt").write_text("of law")
+    # what somebody has done to an export since is theirs
+    shutil.copy(out / "my-own" / "adapter_model.safetensors", out / "changed")
+    with open(out / "noted" / "README.md", "a") as card:
+        card.write("It did well.\n")
+    (out / "linked").rename(tmp_path / "linked")
+    (out / "linked").symlink_to(tmp_path / "linked")
+    before, linked = _files(out), _files(tmp_path / "linked")
+
+    learner = make()
+    learner.add_expert("law")
+    learner.learn_one(_sample(0))
+    learner.export_experts(out, replace=True)
+    after = _files(out)
+    assert set(after) == set(before) - _named("cut") and not (out / "cut").exists()
+    replaced = {name for name in after if after[name] != before[name]}
+    assert replaced <= _named("", "law") and "adapter_model.safetensors" in replaced
+    assert _files(tmp_path / "linked") == linked
+
+    make().export_experts(out, replace=True)
+    assert set(_files(out)) == set(after) - _named("law")
+    assert (out / "law" / "notes.txt").read_text() == "of law"
+
+
+def test_an_old_export_that_cannot_be_removed_is_told(make: MakeLearner, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = make()
+    earlier.add_expert("law")
+    earlier.export_experts(tmp_path / "out")
+    unlink = Path.unlink
+
+    def failing(self: Path, missing_ok: bool = False) -> None:
+        if self.parent.name == "law":
+            raise OSError(13, "Permission denied")
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", failing)
+        with pytest.raises(StateError, match="cannot remove .*law, an earlier export: Permission denied"):
+            make().export_experts(tmp_path / "out", replace=True)

@@ -346,6 +346,12 @@ def _quantise(model: tf.PreTrainedModel) -> None:
             ModelError,
             "no linear named o_prj: set target_modules",
         ),
+        (
+            {"target_modules": "*_proj"},
+            None,
+            ConfigError,
+            r"target_modules '\*_proj' is no regular expression \(nothing to repeat.*set target_modules to some of",
+        ),
         ({"target_modules": ["embed_tokens"]}, None, ModelError, "model.embed_tokens, a Embedding"),
         ({"target_modules": None}, _quantise, ModelError, "_Quantised"),
         ({"rank": 25}, None, ConfigError, "rank 25 exceeds a width of model.layers.0.self_attn.v_proj"),

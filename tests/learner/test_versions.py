@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner import Sample, StateError, StreamLearner
+from ogpstream.learner import ConfigError, Sample, StateError, StreamLearner
 from ogpstream.memory import journal
 from ogpstream.memory.adapters import AdapterStore
 
@@ -116,7 +116,7 @@ def test_rollback_returns_to_the_saved_masters(make: MakeLearner, tmp_path: Path
     # brought before, so not learned again
     assert learner.learn_one(_sample(5, id="5")).status == "skipped"
     assert learner.learn_one(_sample(20, id="20")).status == "learned"
-    with pytest.raises(StateError, match="no version 999"):
+    with pytest.raises(ConfigError, match="no version 999"):
         learner.rollback(999)
     if folder is not None:
         entries = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
@@ -132,6 +132,24 @@ def test_rollback_to_a_snapshot_made_within_a_sample(make: MakeLearner, tmp_path
     assert (status["learned"], status["quarantined"]) == (3, 2)
     entries = [json.loads(line) for line in (tmp_path / "state" / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["id"] for entry in entries] == ["3", "4"]
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_a_rollback_with_samples_that_wait(make: MakeLearner, tmp_path: Path, where: str) -> None:
+    """They save versions of their own; in memory nothing keeps the one to return to, and the learner goes on."""
+    learner = make(tmp_path / "state" if where == "folder" else None, snapshot_every=1)
+    learner.learn_one(_sample(0))
+    good = learner.version
+    for seed in range(1, 4):
+        learner.accept(_sample(seed))
+    if where == "memory":
+        with pytest.raises(ConfigError, match=f"^no version {good} to return to: there are "):
+            learner.rollback(good)
+    else:
+        learner.rollback(good)
+    learned = 4 if where == "memory" else 1
+    assert (learner.pending, learner.state.counters.learned) == (0, learned)
+    assert learner.learn_one(_sample(4)).status == "learned"
 
 
 def test_after_a_failed_sync_the_live_state_is_that_of_a_recovery(
