@@ -388,7 +388,9 @@ class StreamLearner:
         self._roster.add(name, rank)
 
     def activate(self, gates: dict[str, float]) -> None:
-        """Serve exactly these experts, with these gates.
+        """Serve exactly these experts, with these gates, until a new sample is of another one.
+
+        The old samples of the others rest: rehearsal serves nobody.
 
         Raises:
             ConfigError: one is unknown, or prompts are not routed and they are more than `max_active`.
