@@ -32,8 +32,10 @@ class Desk:
         """The learner for a moment, after at most one unit.
 
         Raises:
-            StateError: the desk was closed.
+            StateError: the desk was closed, or this thread has the learner and would wait for itself.
         """
+        if self.learner.queue.reserved_for == threading.get_ident():
+            raise StateError("this thread has the learner now: use the one that the call was given")
         with self._turn:
             self._asking += 1
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,12 +21,12 @@ class Fence:
     """Bounds how far a learning thread runs ahead of its device; on a CPU a unit is done when its call returns.
 
     Args:
-        device: where the units run, on the current stream of the calling thread.
+        device: where the units run, on its current stream in the calling thread.
         record: gives an event behind all that was queued; a CUDA event if None.
     """
 
     def __init__(self, device: torch.device, record: Callable[[], Event] | None = None) -> None:
-        self._record = record or (_cuda_event if device.type == "cuda" else None)
+        self._record = record or (partial(_cuda_event, device) if device.type == "cuda" else None)
         self._events: deque[Event] = deque()  # one of each unit that may still run or wait, oldest first
 
     def wait(self) -> None:
@@ -45,8 +46,9 @@ class Fence:
         return len(self._events)
 
 
-def _cuda_event() -> Event:
+def _cuda_event(device: torch.device) -> Event:
     # blocking: the waiting thread sleeps instead of spinning on a core that the server needs
     event = torch.cuda.Event(blocking=True)
-    event.record()
+    # the current device of the thread may be another one
+    event.record(torch.cuda.current_stream(device))
     return event

@@ -58,8 +58,9 @@ class GenerateEngine:
             done.wait()
 
         self._thread.submit(park)
-        parked.wait()
         try:
+            # an interrupt here is not to leave the thread parked
+            parked.wait()
             yield
         finally:
             done.set()

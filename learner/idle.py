@@ -321,8 +321,11 @@ class IdleLoop:
                     self._calls.popleft()
                     try:
                         self._tickets.later(future, work(learner))
-                    except Exception as error:
+                    except BaseException as error:
+                        # an exit too is of whoever asked for it, not of the thread that learns
                         self._tickets.later(future, error)
+                        if isinstance(error, KeyboardInterrupt):
+                            raise
                 self._announce()
         except EngineBusy:
             return False

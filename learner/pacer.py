@@ -45,13 +45,15 @@ class Stopwatch:
     """Seconds between two moments: of the host's clock, or on a CUDA device, where units are queued, of its events."""
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
+        self._device = device
         self._clock = None if device.type == "cuda" else clock
 
     def now(self) -> Any:
         if self._clock is not None:
             return self._clock()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        # the current device of the thread may be another one
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, since: Any, until: Any) -> float:

@@ -49,7 +49,7 @@ class Tickets:
             self.settle(number, error)
 
     def later(self, future: Future[Any], outcome: Any) -> None:
-        """Complete another future together with the tickets; an `Exception` is raised by it."""
+        """Complete another future together with the tickets; an exception is raised by it."""
         with self._lock:
             self._settled.append(partial(_complete, future, outcome))
 
@@ -62,7 +62,7 @@ class Tickets:
 
 
 def _complete(future: Future[Any], outcome: Any) -> None:
-    if isinstance(outcome, Exception):
+    if isinstance(outcome, BaseException):
         future.set_exception(outcome)
     else:
         future.set_result(outcome)

@@ -146,8 +146,7 @@ class Journal:
             # the last mark must not be lost: in a segment that is not the last one half a frame counts as
             # damage
             self._fsync(current)
-            segment = self._create(current.last + 1)
-            descriptor = os.open(segment.path, os.O_WRONLY | os.O_APPEND)
+            segment, descriptor = self._begin(current.last + 1)
             os.close(self._descriptor)
             self._descriptor = descriptor
             self._segments.append(segment)
@@ -268,6 +267,20 @@ class Journal:
         os.replace(temporary, segment.path)
         fsync_folder(self.folder)
         return segment
+
+    def _begin(self, first: int) -> tuple[Segment, int]:
+        """A new segment, open for writing, or none: appends would go on in the old one behind its back."""
+        segment = Segment.empty(self.folder, first)
+        try:
+            segment = self._create(first)
+            return segment, os.open(segment.path, os.O_WRONLY | os.O_APPEND)
+        except OSError as failure:
+            try:
+                segment.path.unlink(missing_ok=True)
+            except OSError:
+                # it is there for good, so nothing more may be acknowledged in the old one
+                self._failure = failure
+            raise
 
     def _scan_while_written(self) -> list[Segment]:
         for _ in range(10):

@@ -186,7 +186,7 @@ class SnapshotStore:
             try:
                 self._verify(generation)
                 break
-            except SnapshotDamaged as error:
+            except (SnapshotDamaged, OSError) as error:
                 faults.append(str(error))
         else:
             why = "; ".join(faults) or f"there are: {', '.join(map(str, self.versions())) or 'none'}"

@@ -180,6 +180,21 @@ def test_a_manager_that_does_not_run_is_busy(learner: StreamLearner) -> None:
     engine.adapter_changed(2)
 
 
+@pytest.mark.parametrize("graphs", [True, (False, True)])
+def test_cuda_graphs_are_refused_when_they_are_asked_for_or_chosen(server: Server, graphs: Any) -> None:
+    engine, settings = BatchingEngine(server.manager), server.manager.continuous_batching_config
+    # its loop has read them by now, and goes on without
+    server.ask(_ids(0, 4))
+    settings.use_cuda_graph = graphs
+    with pytest.raises(ConfigError, match="use_cuda_graph=False"), engine.exclusive():
+        pass
+    with pytest.raises(ConfigError, match="use_cuda_graph=False"):
+        BatchingEngine(server.manager)
+    settings.use_cuda_graph = (False, False)
+    with engine.exclusive():
+        pass
+
+
 def test_before_transformers_5_18_it_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"cannot be paused: install transformers >= 5\.18") as refused:
         BatchingEngine(SimpleNamespace())

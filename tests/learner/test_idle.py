@@ -1,6 +1,7 @@
 """The idle loop: when units run, what an interruption leaves behind, and who may use the learner meanwhile."""
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -349,6 +350,14 @@ def test_paused_it_acknowledges_and_answers_but_learns_nothing(make: MakeLearner
     loop.resume()
     _finish(loop)
     assert future.result(timeout=0).status == "learned" and not loop.status().paused
+    # one that would wait for itself, and one that ends its thread
+    within, ended = loop.call(lambda learner: loop.submit(_sample(2))), loop.call(lambda learner: sys.exit(3))
+    _finish(loop)
+    with pytest.raises(StateError, match="use the one that the call was given"):
+        within.result(timeout=0)
+    with pytest.raises(SystemExit):
+        ended.result(timeout=0)
+    assert loop.call(lambda learner: learner.learn_one(_sample(2)).status) and loop.tick()
     loop.close()
 
 
