@@ -84,6 +84,8 @@ def bench_forgetting(
         ]
         plan = ([one for job in plan for one in candidates(job)] if find_rates is not None
                 else [_with_rate(job, known) for job in plan])
+        if not plan:
+            raise ConfigError(f"nothing to try for {', '.join(chosen)}: ours runs with its defaults")
         # a wrong stream or setting is told before the first row is computed
         for job in {(job.stream, job.seed): job for job in plan}.values():
             job.order()
@@ -93,6 +95,8 @@ def bench_forgetting(
         compute(plan, store, jobs)
     except OSError as error:
         fail(f"{error.filename} cannot be read or written ({error.strerror})", 1)
+    except UnicodeDecodeError as error:
+        fail(f"--texts or --calibration is not UTF-8 ({error}): save it as UTF-8 text, one a line", 2)
     except OgpStreamError as error:
         fail(str(error), error.exit_status)
     rows = [row for job in plan if (row := store.find(job.settings)) is not None]

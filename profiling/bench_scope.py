@@ -45,6 +45,8 @@ def bench_scope(
                 *of_facts(tokenizer, describe, facts or [5, 100, 1000], seed)]
     except OSError as error:
         fail(f"{error.filename} cannot be read ({error.strerror})", 1)
+    except UnicodeDecodeError as error:
+        fail(f"--texts is not UTF-8 ({error}): save it as UTF-8 text, one a line", 2)
     except OgpStreamError as error:
         fail(str(error), error.exit_status)
     console = Console(stderr=as_json)

@@ -117,11 +117,12 @@ def check_folder(out: Path) -> None:
         ConfigError: a folder in it holds something else.
         OutFolderError: it cannot be written, or matplotlib is missing.
     """
-    for folder, file in (("base", "config.json"), ("adapter", "adapter_config.json")):
-        path = out / folder
-        if path.exists() and not (path / file).is_file():
-            raise ConfigError(f"{path} is there and not the demo's: choose another folder with --out")
-    open_folder(out)
+    # there from the beginning of a run, empty until its end
+    if not (out / "demo.json").is_file():
+        for path in (out / "base", out / "adapter"):
+            if path.exists():
+                raise ConfigError(f"{path} is there and not the demo's: choose another folder with --out")
+    open_folder(out, "demo.json")
 
 
 def _run(name: str, job: Job, show: Callable[[int], None], kill_at: int | None, stop: Event) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def test_the_warm_start_takes_the_given_texts(arguments, tmp_path):
 @pytest.mark.parametrize("wrong,told", [
     (["--methods", "ogp,ewx"], "ewx"), (["--set", "rank"], "name=value"), (["--lr", "ogp:1"], "name=value"),
     (["--lr", "ewx=1"], "ewx"), (["--stream", "z"], "no stream 'z'"), (["--find-rates", "r.json"], "--tune"),
+    (["--methods", "ogp", "--tune", "2", "--find-rates", "r.json"], "nothing to try for ogp"),
     (["--set", "rank=0"], "rank is 0"), (["--set", "lr=1"], "--lr method=rate"),
     (["--rates", "none.json"], "--find-rates"),
 ])

@@ -221,7 +221,7 @@ def test_a_whole_demo_of_a_given_model(tiny_model, tiny_tokenizer, tmp_path, mon
     assert {job.method for job, _ in jobs.values()} == {"ogp", "sequential", "replay1"}
 
 
-@pytest.mark.parametrize("mine", ["base/notes", "adapter/notes"])
+@pytest.mark.parametrize("mine", ["base/notes", "adapter/notes", "base/config.json", "adapter/adapter_config.json"])
 def test_a_demo_leaves_the_users_folders_alone(tmp_path, mine):
     (tmp_path / mine).parent.mkdir()
     (tmp_path / mine).write_text("mine")
