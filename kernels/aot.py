@@ -120,7 +120,8 @@ def cases(arch: int) -> list[Case]:
                 A, B = torch.empty(D_in, R, dtype=dtype), torch.empty(R, D_out, dtype=dtype)
                 label, scale = f"{str(dtype)[6:]} {D_in}x{D_out} R{R}", torch.empty(R)
                 with record_launches() as record:
-                    _, h = lora_forward(x, A, B, scale)
+                    # as the learner calls it
+                    _, h = lora_forward(x, A, B, scale, onto=g)
                 # the width of a model changes nothing of K1 but the number of its splits
                 add(f"forward {label}", products, record[1:] if size == _MLP else record)
                 with record_launches() as record:
@@ -129,6 +130,9 @@ def cases(arch: int) -> list[Case]:
                 record = record if size == _USUAL else record[1:]
                 add(f"backward {label} r{trained.stop - trained.start}", products, record)
                 if size == _USUAL and dtype != torch.float16:
+                    with record_launches() as record:
+                        lora_forward(x, A, B, scale)
+                    add(f"forward {label}, nothing given", products, record[1:])
                     with record_launches() as record:
                         lora_backward(x, g, A, B, scale, trained=trained)
                     add(f"backward {label} r{trained.stop - trained.start}, nothing given", products, record)

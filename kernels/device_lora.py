@@ -61,16 +61,20 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def expand_kernel(
-    h, B, y, h_sum, T, stride_br, stride_bd,
+    h, B, onto, y, h_sum, T, stride_br, stride_bd, stride_onto, stride_y,
     D_OUT: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """y = h B from the parts of h `[PARTS, T, R]`, which the first column of programs also leaves summed in h_sum."""
+    """y = onto + h B from the parts of h `[PARTS, T, R]`, which the first column of programs also leaves summed in
+    h_sum. y may be onto itself: each program reads what it writes."""
     tl.static_assert(BR >= 16)
     dtype: tl.constexpr = y.dtype.element_ty
     t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     d = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
+    inside = (t < T)[:, None] & (d < D_OUT)[None, :]
     acc = tl.zeros((BT, BD), dtype=tl.float32)
+    if onto is not None:
+        acc += tl.load(onto + t[:, None] * stride_onto + d[None, :], mask=inside, other=0.0).to(tl.float32)
     for i in range((R + BR - 1) // BR):
         r = i * BR + tl.arange(0, BR)
         at, here = t[:, None] * R + r[None, :], (t < T)[:, None] & (r < R)[None, :]
@@ -86,9 +90,7 @@ def expand_kernel(
             acc += size * tl.dot(operand(h_tile / size, dtype), operand(b_tile, dtype), input_precision="ieee")
         else:
             acc = tl.dot(operand(h_tile, dtype), operand(b_tile, dtype), acc, input_precision="ieee")
-    tl.store(
-        y + t[:, None] * D_OUT + d[None, :], narrow(acc, dtype), mask=(t < T)[:, None] & (d < D_OUT)[None, :]
-    )
+    tl.store(y + t[:, None] * stride_y + d[None, :], narrow(acc, dtype), mask=inside)
 
 
 @triton.jit

@@ -28,13 +28,16 @@ from ogpstream.kernels.optimizer import sum_splits
 _SINGLE = (torch.float32,)
 
 
-def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`h = (x A) * scale ; y = h B` in two launches.
+def lora_forward(
+    x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`h = (x A) * scale ; y = onto + h B` in two launches.
 
     Args:
         x: `[T, D_in]` in float32, bfloat16 or float16, rows contiguous. The products are in this dtype.
         A: `[D_in, R]`, B: `[R, D_out]` in any of these dtypes and with any strides.
         scale: `[R]`.
+        onto: `[T, D_out]` in x's dtype, rows contiguous, which becomes y in place; zero and a new tensor if not given.
 
     Returns:
         y `[T, D_out]` in x's dtype, h `[T, R]` in float32.
@@ -43,19 +46,22 @@ def lora_forward(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor
         ValueError: a wrong shape, dtype or stride; the message names the tensor.
     """
     T, D_in, D_out, R = _check(x, A, B, scale)
-    y = torch.empty(T, D_out, dtype=x.dtype, device=x.device)
+    if onto is not None:
+        require_rows("onto", onto, T, D_out, dtypes=(x.dtype,))
+    y = torch.empty(T, D_out, dtype=x.dtype, device=x.device) if onto is None else onto
     h = torch.empty(T, R, dtype=torch.float32, device=x.device)
     if R == 0:
-        return y.zero_(), h
+        return y.zero_() if onto is None else y, h
     parts, _ = _shrink(x, None, A, B, scale)
     config = config_for(x.device)
     tile = config.lora(x.dtype).expand
     launch(
         expand_kernel, (cdiv(T, tile.tokens), cdiv(D_out, tile.width)), x,
-        parts, B, y, h, T, *B.stride(),
+        parts, B, onto, y, h, T, *B.stride(), 0 if onto is None else onto.stride(0), y.stride(0),
         D_OUT=D_out, R=R, PARTS=len(parts), BT=tile.tokens, BD=tile.width, BR=_rank_block(config, R),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    written(onto)
     return y, h
 
 

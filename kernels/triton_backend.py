@@ -25,8 +25,10 @@ def lora_forward(
     x: Tensor, A: Tensor, B: Tensor, scale: Tensor, *, onto: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`reference.lora_forward` with the products in x's dtype; h is float32."""
-    y, h = _lora.lora_forward(_rows(x), A, B, scale.float())
-    return y if onto is None else onto.add_(y), h
+    # of another dtype where autocast made it
+    fits = onto is None or onto.dtype == x.dtype and _rows(onto) is onto
+    y, h = _lora.lora_forward(_rows(x), A, B, scale.float(), onto=onto if fits else None)
+    return y if onto is None or fits else onto.add_(y), h
 
 
 def lora_backward(

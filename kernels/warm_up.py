@@ -63,7 +63,8 @@ def warm_up(
             for T in lengths:
                 x, g = (zeros(start + T, D, dtype=dtype)[start:] for D in (D_in, D_out))
                 dispatch.lora_backward(x, g, A, B, scale, trained=trained, h=zeros(start + T, R)[start:], base_dx=x)
-            dispatch.lora_forward(x, A, B, scale)
+            # onto what the frozen linear has just made
+            dispatch.lora_forward(x, A, B, scale, onto=zeros(len(x), D_out, dtype=dtype))
     if vocabulary is not None:
         for start in _alignments(vocabulary * dtype.itemsize):
             for first in (0, 1):  # targets are slices of ids, at any multiple of 8 bytes

@@ -36,6 +36,13 @@ def test_lora(dtype, bound, backend, problem, close):
     onto = p.g.clone()
     added, _ = dispatch.lora_forward(*p.operands[:1], *p.operands[2:], onto=onto)
     assert added.data_ptr() == onto.data_ptr()
+    # in place in rows of a wider tensor, and where they are no rows
+    wide, across = torch.zeros(37, 31, dtype=dtype, device=p.g.device), p.g.T.contiguous().T
+    wide[:, 3:] = p.g
+    for place in (wide[:, 3:], across):
+        again_h = dispatch.lora_forward(*p.operands[:1], *p.operands[2:], onto=place)[1]
+        close(bound, added=(place, exact.g + y_ref), h=(again_h, h_ref))
+    assert not wide[:, :3].any()
     close(bound, added=(added, exact.g + y_ref))
     close(bound, y=(y, y_ref), h=(h, h_ref), dA=(dA, dA_ref), dB=(dB, dB_ref), dx=(dx, dx_ref))
     close(bound, dA_again=(again[0], dA_ref), dB_again=(again[1], dB_ref))

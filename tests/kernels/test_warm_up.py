@@ -86,7 +86,8 @@ def test_of_linears_and_loss(dtype, device):
             for T, start in itertools.product((1, 2, 17, 100, 256, 257, 700, 1025, 2500, 3000), (0, 1, 2, 3)):
                 x, g = (torch.zeros(start + T, D, dtype=dtype, device=device)[start:] for D in (D_in, D_out))
                 h = torch.zeros(start + T, R, device=device)[start:]
-                triton_backend.lora_forward(x, A, B, scale)
+                y = torch.zeros(T, D_out, dtype=dtype, device=device)
+                triton_backend.lora_forward(x, A, B, scale, onto=y)
                 triton_backend.lora_backward(x, g, A, B, scale, trained=trained, h=h, base_dx=x)
         logits, ids = torch.zeros(9, 51, dtype=dtype, device=device), torch.zeros(9, dtype=torch.int64, device=device)
         for start, first, n in itertools.product(range(4), range(4), (1, 3)):
