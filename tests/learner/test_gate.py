@@ -234,6 +234,8 @@ def test_it_survives_a_restart_and_goes_back_with_a_rollback(tiny_model: TinyMod
 
 def test_packed_requests_are_refused_before_they_come(llama: StreamLearner) -> None:
     class Manager:
+        continuous_batching_config = tf.ContinuousBatchingConfig()
+
         def pause(self) -> None: ...
 
     with pytest.raises(ConfigError, match="served_to = 'all'"):
