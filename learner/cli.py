@@ -388,8 +388,13 @@ def _resume(
     from ogpstream.learner.pretrained import load_pretrained
 
     _use_threads(threads or meta["environment"]["threads"])
-    with busy(f"loading {name}"):
-        base, tokenizer = load_pretrained(name, dtype=saved["dtype"], device=device)
+    try:
+        with busy(f"loading {name}"):
+            base, tokenizer = load_pretrained(name, dtype=saved["dtype"], device=device)
+    except ConfigError as error:
+        if model is not None:
+            raise
+        raise ConfigError(f"{error}; the state was made with that one, --model says where it is now") from None
     with busy(f"continuing {state}"):
         return StreamLearner.load_state(state, base, tokenizer)
 

@@ -164,8 +164,9 @@ class Router:
             self._hand_over(number, Move(name, *description))
         # the scope that it is looked up in is of the version
         store.served = binding.served = replace(served, scope=store.scope)
+        why = "what is learned has changed" if state.routes.drifted else "all others are frozen"
         state.routes = state.routes.begun(name)
-        _log.warning("what is learned has changed: the expert %r begins", name)
+        _log.warning("%s: the expert %r begins", why, name)
 
     def _holds(self, number: int) -> bool:
         """Whether a sample of an expert that learns is at hand."""

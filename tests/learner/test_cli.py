@@ -265,6 +265,14 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
     assert run("status", "--state", copy)[0] == 0
 
 
+def test_a_model_that_has_moved_is_told_with_the_option(copy, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_needed", lambda folder: {"model": {"name": str(tmp_path / "gone"), "dtype": "float32"},
+                                                        "environment": {"threads": 1}})
+    one_line(*run("ask", "say 3", "--state", copy), "--model says where it is now", exit_status=2)
+    code, _, err = run("ask", "say 3", "--state", copy, "--model", tmp_path / "gone")
+    assert code == 2 and "--model" not in err[-1]
+
+
 def test_a_frozen_expert_stays_as_it_is_until_it_is_unfrozen(place, copy, run, tmp_path):
     one_line(*run("freeze", "default", "other", "--state", copy), "no expert 'other'", "there are default",
              exit_status=2)

@@ -220,7 +220,9 @@ def test_a_frozen_expert_stays_and_says_so(make: MakeLearner, tiny_model: TinyMo
     once_more.close()
 
 
-def test_with_all_frozen_a_new_one_begins_with_what_is_new(make: MakeLearner) -> None:
+def test_with_all_frozen_a_new_one_begins_with_what_is_new(
+    make: MakeLearner, caplog: pytest.LogCaptureFixture
+) -> None:
     learner = make(**ROUTED)
     learner.learn_batch(_stream(0, count=40))
     learner.freeze("default")
@@ -229,6 +231,7 @@ def test_with_all_frozen_a_new_one_begins_with_what_is_new(make: MakeLearner) ->
     assert learner.experts == ("default",)
     assert learner.learn_one(_sample(1, 0)).status == "learned"
     assert learner.experts == ("default", "default-2")
+    assert caplog.messages[-1] == "all others are frozen: the expert 'default-2' begins"
     experts = Counter(learner.state.ring.get(slot).expert for slot in learner.state.ring.slots)
     assert experts == {"default": 40, "default-2": 1}
 
