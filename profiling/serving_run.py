@@ -100,15 +100,15 @@ def _blocks(server: Server, loop: IdleLoop, prompts: Iterator[Sequence[int]], do
         keep, replies = numbers.randrange(count), list[Reply]()
         # the second of a block finds caches warmed by the same requests, so each phase is the first in turn
         for phase in ("off", "on") if blocks % 2 == 0 else ("on", "off"):
-            if phase == "off":
-                done.rows += _rows("off", blocks, server.block(block)) if on < requests else []
-                continue
-            loop.resume()
-            replies = server.block(block, frozenset([keep]))
-            loop.pause()
-            # after the turn that has begun, so that no unit is left for what comes next
-            loop.tick()
-            done.rows += _rows("on", blocks, replies)
+            if phase == "on":
+                loop.resume()
+                replies = server.block(block, frozenset([keep]))
+                loop.pause()
+                # after the turn that has begun, so that no unit is left for what comes next
+                loop.tick()
+                done.rows += _rows("on", blocks, replies)
+            elif on < requests:
+                done.rows += _rows("off", blocks, server.block(block))
         blocks, on = blocks + 1, on + count
         # each block is as likely as any other to be checked
         at = blocks - 1 if blocks <= CHECKED else numbers.randrange(blocks)
