@@ -140,8 +140,7 @@ def learn(
             learner = _resume(state, meta, model=model, threads=threads, dtype=dtype, device=device)
         stack.callback(learner.close)
         known = {name: learner.state.store.expert(name).rank for name in learner.experts}
-        widest = min(min(site.d_in, site.d_out) for site in learner.attachment.shapes)
-        experts = read_experts(add_expert or [], known, routes=learner.config.routes, widest=widest)
+        experts = read_experts(add_expert or [], known, routes=learner.config.routes, widest=learner.attachment.widest)
         for name, rank in experts.items():
             learner.add_expert(name, rank=rank)
         learner.update_budget_ms = update_budget_ms

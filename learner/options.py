@@ -73,7 +73,7 @@ def read_experts(
     Raises:
         ConfigError: one is not NAME or NAME:RANK, the state has it with another rank, or it cannot be made.
     """
-    from ogpstream.learner.samples import DEFAULT_EXPERT, EXPERT_NAME
+    from ogpstream.learner.samples import EXPERT_NAME, check_new_expert
 
     experts: dict[str, int | None] = {}
     for word in words:
@@ -87,10 +87,9 @@ def read_experts(
                 raise ConfigError(f"the expert {name} has rank {known[name]}, not {rank}: leave the rank out, or "
                                   "choose another name")
             continue
-        if routes and name.startswith(f"{DEFAULT_EXPERT}-"):
-            raise ConfigError(f"--add-expert {word}: {name!r} is a name that routing gives, choose one that does not "
-                              "begin so")
-        if widest is not None and rank is not None and rank > widest:
-            raise ConfigError(f"--add-expert {word}: an expert of this model has a rank of 1 to {widest}")
+        try:
+            check_new_expert(name, rank, routes=routes, widest=widest)
+        except ConfigError as error:
+            raise ConfigError(f"--add-expert {word}: {error}") from None
         experts[name] = rank
     return experts

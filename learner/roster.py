@@ -13,7 +13,7 @@ from ogpstream.learner import peft_io
 from ogpstream.learner.errors import ConfigError
 from ogpstream.learner.folder import Record
 from ogpstream.learner.queue import RecordQueue
-from ogpstream.learner.samples import DEFAULT_EXPERT, EXPERT_NAME
+from ogpstream.learner.samples import DEFAULT_EXPERT, check_new_expert
 from ogpstream.memory.adapters import UnknownExpert
 from ogpstream.memory.experts import Expert
 from ogpstream.memory.units import exhausted
@@ -35,10 +35,7 @@ class Roster:
     def add(self, name: str, rank: int | None) -> None:
         """See `StreamLearner.add_expert`."""
         rank = self._config.rank if rank is None else rank
-        self._check_new(name)
-        narrowest = min(min(site.d_in, site.d_out) for site in self._attachment.shapes)
-        if not 1 <= rank <= narrowest:
-            raise ConfigError(f"rank is {rank}: an expert of this model has a rank of 1 to {narrowest}")
+        self._check_new(name, rank)
         self._apply({"kind": "expert", "name": name, "rank": rank})
 
     def activate(self, gates: Mapping[str, float]) -> None:
@@ -96,14 +93,10 @@ class Roster:
         self._queue.acknowledge([record])
         exhausted(self._queue.drain())
 
-    def _check_new(self, name: str) -> None:
-        if not EXPERT_NAME.fullmatch(name):
-            raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
+    def _check_new(self, name: str, rank: int | None = None) -> None:
         if name in self.names:
             raise ConfigError(f"there is an expert {name!r} already")
-        if self._config.routes and name.startswith(f"{DEFAULT_EXPERT}-"):
-            # a sample that waits may be about to make it
-            raise ConfigError(f"{name!r} is a name that routing gives: choose one that does not begin so")
+        check_new_expert(name, rank, routes=self._config.routes, widest=self._attachment.widest)
 
     def _expert(self, name: str) -> Expert:
         try:

@@ -19,7 +19,7 @@ from difflib import SequenceMatcher
 from os import PathLike
 from typing import Any, BinaryIO, NoReturn
 
-from ogpstream.learner.errors import SampleError
+from ogpstream.learner.errors import ConfigError, SampleError
 from ogpstream.memory.canonical import canonical_json
 
 MAX_LINE = 16 * 2**20
@@ -307,6 +307,24 @@ def _check_messages(messages: Any, name: str) -> None:
             refuse(f"{name} has a message without a role", 'give {"role": ..., "content": ...} with two texts')
         if not isinstance(message.get("content"), str):
             refuse(f"{name} has a {message['role']!r} message whose content is not text", "only text is learned")
+
+
+def check_new_expert(name: str, rank: int | None, *, routes: bool, widest: int | None) -> None:
+    """Whether there may be an expert of this name and rank.
+
+    Args:
+        routes: names that begin as those of routing are refused: a sample that waits may be about to make it.
+        widest: the highest rank that the model allows; None where it is not known yet.
+
+    Raises:
+        ConfigError: there may not.
+    """
+    if not EXPERT_NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} is no name of an expert: use letters, digits, '_' and '-'")
+    if routes and name.startswith(f"{DEFAULT_EXPERT}-"):
+        raise ConfigError(f"{name!r} is a name that routing gives: choose one that does not begin so")
+    if rank is not None and widest is not None and not 1 <= rank <= widest:
+        raise ConfigError(f"rank is {rank}: an expert of this model has a rank of 1 to {widest}")
 
 
 def refuse(what: str, remedy: str) -> NoReturn:

@@ -168,6 +168,11 @@ class Attachment:
     def shapes(self) -> list[SiteShape]:
         return [site.shape for site in self.sites]
 
+    @property
+    def widest(self) -> int:
+        """The highest rank of an expert: the least of all widths."""
+        return min(min(shape.d_in, shape.d_out) for shape in self.shapes)
+
     def detach(self) -> None:
         """Put the model's own modules, gradient flags and modes back as they were; twice does no harm."""
         for hook in self._hooks:

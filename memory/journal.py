@@ -210,7 +210,10 @@ class Journal:
     def _open_for_writing(self) -> None:
         for path in self.folder.glob(f"{_TEMPORARY}*"):
             path.unlink()
-        self._segments = scan(self.folder) or [self._create(1)]
+        self._segments = scan(self.folder)
+        if not self._segments:
+            self._segments = [Segment.empty(self.folder, 1)]
+            self._create(self._segments[0])
         segment = self._segments[-1]
         self._descriptor = os.open(segment.path, os.O_WRONLY | os.O_APPEND)
         self.cut = os.fstat(self._descriptor).st_size - segment.end
@@ -259,20 +262,18 @@ class Journal:
         else:
             segment.end += len(mark)
 
-    def _create(self, first: int) -> Segment:
-        segment = Segment.empty(self.folder, first)
-        temporary = self.folder / f"{_TEMPORARY}-{first:020d}"
+    def _create(self, segment: Segment) -> None:
+        temporary = self.folder / f"{_TEMPORARY}-{segment.first:020d}"
         # complete before it has its name: a crash never leaves a segment with half a header
-        write_file(temporary, header(first))
+        write_file(temporary, header(segment.first))
         os.replace(temporary, segment.path)
         fsync_folder(self.folder)
-        return segment
 
     def _begin(self, first: int) -> tuple[Segment, int]:
         """A new segment, open for writing, or none: appends would go on in the old one behind its back."""
         segment = Segment.empty(self.folder, first)
         try:
-            segment = self._create(first)
+            self._create(segment)
             return segment, os.open(segment.path, os.O_WRONLY | os.O_APPEND)
         except OSError as failure:
             try:
