@@ -351,27 +351,32 @@ class StreamLearner:
         """
         return self._intake.accept_refresh()
 
-    def refresh(self) -> RehearsalReport:
+    def refresh(self, *, on_report: Callable[[RehearsalReport], None] | None = None) -> RehearsalReport:
         """Rehearse what is forgotten: look at the samples of served experts, round after round, until all are known.
 
         It ends after 100 rounds without any other change, since some things may not be learnable beside others. A round
         of a full ring is 512 looks at 8 samples, forwards, and an update for each look that finds one forgotten. No
         expert restarts in it.
 
+        Args:
+            on_report: told after each look of all so far.
+
         Returns:
             What was `looked` at and `known` by this call alone: nothing where the last round was over before.
         """
         self.drain()
-        updates, admitted, version = 0, 0, self.version
+        whole = RehearsalReport(0, self.version, looked=0, known=0)
         seen: dict[int, tuple[int, int]] = {}
         while self.accept_refresh():
             report = self.drain()
             assert isinstance(report, RehearsalReport)
-            place = self.state.rounds.place
-            updates, admitted, version = updates + report.updates, admitted + report.admitted, report.version
-            seen[place] = report.looked, report.known
-        looked, known = (sum(column) for column in zip(*seen.values(), strict=True)) if seen else (0, 0)
-        return RehearsalReport(updates, version, None, admitted, looked, known)
+            seen[self.state.rounds.place] = report.looked, report.known
+            looked, known = (sum(column) for column in zip(*seen.values(), strict=True))
+            whole = RehearsalReport(whole.updates + report.updates, report.version, None,
+                                    whole.admitted + report.admitted, looked, known)
+            if on_report is not None:
+                on_report(whole)
+        return whole
 
     def drain(self) -> Report:
         """Apply everything that is acknowledged and pending; the report of the last record."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ogpstream.learner.learner import StreamLearner
-from ogpstream.learner.report import Pace, SampleReport
+from ogpstream.learner.report import Pace, RehearsalReport, SampleReport
 from ogpstream.learner.samples import Refused, Sample, read_samples
 
 # losses at either end of the stream that `loss_first` and `loss_last` are means of
@@ -85,7 +85,7 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
         group: lines that are acknowledged by one fsync.
         refresh: then rehearse what was forgotten, as `StreamLearner.refresh` does.
         on_progress: called with the result so far and the number of the line after each new sample, and after each
-            group; with None for the line before the rehearsal at the end.
+            group; with None for the line before the rehearsal at the end, and after each look of a refresh.
 
     Raises:
         OSError: the file cannot be read.
@@ -109,8 +109,11 @@ def learn_file(learner: StreamLearner, path: str | os.PathLike[str], *, group: i
     tell(result, None)
     learner.consolidate()
     if refresh:
-        remembered = learner.refresh()
-        result.looked, result.known = remembered.looked, remembered.known
+        def looked(report: RehearsalReport) -> None:
+            result.looked, result.known = report.looked, report.known
+            tell(result, None)
+
+        looked(learner.refresh(on_report=looked))
     learner.save_state()
     result.update_ms_p50, result.update_ms_p95 = tally.times.quantile(0.5), tally.times.quantile(0.95)
     if result.choice is not None:

@@ -1,10 +1,11 @@
-"""What the command line shows: results as text, one line a message, and progress where stderr is a terminal."""
+"""What the command line shows: results as text, one line a message, and how far it is."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ogpstream.learner.stream import StreamResult
 
 WIDTH = 80
+# seconds between lines of progress in a log, which is read later: one a minute is 1440 in a day
+EVERY = 60.0
 
 
 def tell(message: str, kind: str = "error") -> None:
@@ -49,7 +52,7 @@ def busy(text: str) -> AbstractContextManager[Any]:
 
 
 class LearnProgress:
-    """A progress bar on stderr while a file is learned; nothing where stderr is no terminal."""
+    """A progress bar on stderr while a file is learned; where stderr is no terminal a line a minute."""
 
     def __init__(self, path: Path) -> None:
         console = Console(stderr=True)
@@ -58,6 +61,7 @@ class LearnProgress:
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         lines = _count_lines(path) if console.is_terminal else None
         self._task = self._bar.add_task("learning", total=lines)
+        self._said = time.monotonic()
 
     def __enter__(self) -> LearnProgress:
         self._bar.start()
@@ -67,11 +71,17 @@ class LearnProgress:
         self._bar.stop()
 
     def update(self, result: StreamResult, line: int | None) -> None:
-        if line is None:
-            self._bar.update(self._task, description="rehearsing what was learned once", total=None)
+        if line is not None:
+            doing = f"learned {result.learned}, rejected {result.rejected}"
+        elif result.looked is None:
+            doing = "rehearsing what was learned once"
         else:
-            self._bar.update(self._task, completed=line,
-                             description=f"learned {result.learned}, rejected {result.rejected}")
+            doing = f"rehearsing what was forgotten: {result.known} of the last {result.looked} looked at were known"
+        if not self._bar.disable:
+            self._bar.update(self._task, description=doing, completed=line)
+        elif time.monotonic() - self._said >= EVERY:
+            self._said = time.monotonic()
+            tell(doing if line is None else f"line {line}: {doing}", "progress")
 
 
 def learn_summary(result: StreamResult, state: Path) -> str:

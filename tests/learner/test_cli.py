@@ -499,6 +499,17 @@ def test_an_interrupt_is_one_line_and_the_next_run_goes_on(place, run, tmp_path,
     assert json.loads(run("status", "--state", tmp_path / "state", "--json")[1][0]) == expected
 
 
+def test_progress_is_a_line_a_minute_in_a_log(place, run, tmp_path, monkeypatch):
+    good = dict(model=place / "model", samples=place / "s.jsonl")
+    assert run(*learn(tmp_path, **good))[2] == []
+    monkeypatch.setattr(terminal, "EVERY", 0.0)
+    code, _, err = run(*learn(tmp_path, "--refresh", state="told", **good))
+    assert code == 0 and all(line.startswith("ogpstream: progress: ") for line in err)
+    assert "line 1: learned 1, rejected 0" in err[0]
+    first = next(number for number, line in enumerate(err) if "rehearsing what was learned once" in line)
+    assert len(err) > first + 1 and all("looked at were known" in line for line in err[first + 1 :])
+
+
 def test_plugins_add_commands_and_broken_ones_are_told(run, monkeypatch):
     class Point:
         def __init__(self, name, load):
