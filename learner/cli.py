@@ -249,7 +249,8 @@ def export(
     log_to_stderr()
     meta = _needed(state)
     if not force and out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty: choose another --out, or give --force to replace an adapter there")
+        way = ", or give --force to replace the adapter there" if (out / "adapter_config.json").exists() else ""
+        raise ConfigError(f"{out} is not empty: choose another --out{way}")
     with closing(_resume(state, meta, model=model, device=device)) as learner:
         names = learner.experts if expert is None else (expert,)
         if expert is None:

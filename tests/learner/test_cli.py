@@ -236,6 +236,9 @@ def test_rollback_and_export_find_the_model_by_themselves(place, copy, run, tmp_
     one_line(*run("export", "--state", copy, "--out", tmp_path / "adapter"), "not empty", "--force", exit_status=2)
     assert run("export", "--state", copy, "--out", tmp_path / "adapter", "--force")[0] == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == written
+    code, out, err = run("export", "--state", copy, "--out", copy)
+    one_line(code, out, err, "not empty", exit_status=2)
+    assert "--force" not in err[0], "advice that the next line refuses"
     one_line(*run("export", "--state", copy, "--out", copy, "--force"), "is no PEFT adapter", "another folder")
     model = AutoModelForCausalLM.from_pretrained(place / "model")
     ids = torch.arange(5, 25)[None]
