@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
-from ogpstream.profiling.bench_report import assigned, fail, prepare, table
+from ogpstream.profiling.bench_report import assigned, fail, method_rates, prepare, table
 from ogpstream.profiling.methods import METHODS, method_config, named_methods
 from ogpstream.profiling.row_store import RowStore
 
@@ -49,10 +49,12 @@ def bench_corrections(
     try:
         chosen = named_methods(methods)
         prepare(out)
-        rates = assigned(lr or [], "--lr")
+        rates = method_rates(lr or [])
         settings = {"ring_samples": ring, "repeats": 8, **assigned(set_ or [], "--set")}
-        if "lr" in settings or not rates.keys() <= set(METHODS):
-            raise ConfigError("give a method its rate with --lr method=rate")
+        if "lr" in settings:
+            raise ConfigError("--set lr would be one rate for all methods: give each its own with --lr method=rate")
+        if "ewc" in chosen and not idle:
+            raise ConfigError("ewc measures its Fisher information in idle phases: give --idle 1 or more")
         plan = [
             Job(method, model, LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), rates.get(method), facts,
                 min(amends, facts), neighbours, idle, threads, refresh)
@@ -62,6 +64,8 @@ def bench_corrections(
             method_config(job.method, LearnerConfig.from_dict(job.config), lr=job.lr)
         store = RowStore(out)
         missing = [job for job in plan if store.find(job.settings) is None]
+        if found := store.found(job.settings for job in plan):
+            Console(stderr=True).print(found, highlight=False)
         totals = {f"{job.method}, seed {job.seed}": EPOCHS if job.method == "joint" else job.facts for job in missing}
         with DemoProgress(Console(stderr=True), totals) as bars:
             for name, job in zip(totals, missing, strict=True):

@@ -9,19 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from ogpstream.learner import ConfigError, LearnerConfig, OgpStreamError
-from ogpstream.profiling.bench_report import assigned, fail, prepare
-from ogpstream.profiling.methods import METHODS, method_config, named_methods, untuned
+from ogpstream.profiling.bench_report import assigned, fail, method_rates, prepare
+from ogpstream.profiling.methods import METHODS, named_methods, untuned
 from ogpstream.profiling.row_store import RowStore
-
-if TYPE_CHECKING:
-    from ogpstream.profiling.forgetting_row import Job
-    from ogpstream.profiling.rates import Rate
 
 # texts of at least this many characters from a text file, as the retention set
 TEXT_CHARS, TEXTS = 80, 64
@@ -37,6 +33,8 @@ def bench_forgetting(
     ring: Annotated[int, typer.Option(min=1, help="slots of the replay ring")] = 128,
     seeds: Annotated[int, typer.Option(min=1, help="number of seeds")] = 3,
     idle: Annotated[int, typer.Option(min=0, help="updates in the idle phase after each task")] = 100,
+    idle_every: Annotated[int | None, typer.Option(min=1, help="idle phases after so many samples each, wherever tasks "
+                                                   "end")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="samples of each task")] = None,
     every: Annotated[int | None, typer.Option(min=1, help="samples between points of the curve, besides the ends of "
                                               "tasks")] = None,
@@ -65,32 +63,34 @@ def bench_forgetting(
         chosen = named_methods(methods)
         prepare(out)
         known = read_rates(rates) if rates else {}
-        for name, rate in assigned(lr or [], "--lr").items():
-            if name not in METHODS:
-                raise ConfigError(f"--lr {name}={rate} is of no method: use {', '.join(METHODS)}")
-            known[name] = replace(known.get(name, Rate(0.0, untuned(name)[1], None)), lr=float(rate))
+        for name, rate in method_rates(lr or []).items():
+            known[name] = replace(known.get(name, Rate(0.0, untuned(name)[1], None)), lr=rate)
         if find_rates is not None and (tune < 1 or len(stream or []) > 1):
             raise ConfigError("--find-rates needs --tune N and a single --stream: what is tuned on is never tested on")
+        if find_rates is not None and find_rates.exists():
+            read_rates(find_rates)
         settings = {"ring_samples": ring, **assigned(set_ or [], "--set")}
         if "lr" in settings:
             raise ConfigError("--set lr would be one rate for all methods: give each its own with --lr method=rate")
-        lines = texts.read_text("utf-8").splitlines() if texts else []
+        held_out = [line for line in (texts.read_text("utf-8").splitlines() if texts else []) if len(line) > TEXT_CHARS]
+        if texts and not held_out:
+            raise ConfigError(f"{texts} has no line of more than {TEXT_CHARS} characters: retention needs running text")
         plan = [
             Job(method, model, None if tasks is None else str(tasks.resolve()), name,
-                LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), idle=idle, limit=limit, tune=tune,
-                every=every, texts=[text for text in lines if len(text) > TEXT_CHARS][:TEXTS],
+                LearnerConfig.from_dict({**settings, "seed": seed}).to_dict(), idle=idle, idle_every=idle_every,
+                limit=limit, tune=tune, every=every, texts=held_out[:TEXTS],
                 calibration=calibration.read_text("utf-8").splitlines() if calibration else None, threads=threads)
             for name in stream or ["demo"] for seed in range(seeds) for method in chosen
         ]
         plan = ([one for job in plan for one in candidates(job)] if find_rates is not None
-                else [_with_rate(job, known) for job in plan])
+                else [known.get(job.method, Rate(*untuned(job.method), None)).apply(job) for job in plan])
         if not plan:
             raise ConfigError(f"nothing to try for {', '.join(chosen)}: ours runs with its defaults")
         # a wrong stream or setting is told before the first row is computed
         for job in {(job.stream, job.seed): job for job in plan}.values():
             job.order()
         for job in plan:
-            method_config(job.method, LearnerConfig.from_dict(job.config), lr=job.lr)
+            job.check()
         store = RowStore(out)
         compute(plan, store, jobs)
     except OSError as error:
@@ -111,11 +111,3 @@ def bench_forgetting(
             draw(rows, out)
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
-
-
-def _with_rate(job: Job, known: dict[str, Rate]) -> Job:
-    rate = known.get(job.method)
-    if rate is None:
-        lr, strength = untuned(job.method)
-        return replace(job, lr=lr, strength=strength)
-    return replace(job, lr=rate.lr, strength=rate.strength, tuned_on=rate.tuned_on)

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ogpstream.learner import ConfigError
 from ogpstream.profiling.environment import environment
+from ogpstream.profiling.methods import METHODS
 from ogpstream.profiling.out_folder import OutFolderError, open_folder
 
 if TYPE_CHECKING:
@@ -76,6 +77,18 @@ def assigned(items: Sequence[str], option: str) -> dict[str, Any]:
         except ValueError:
             values[name] = value
     return values
+
+
+def method_rates(items: Sequence[str]) -> dict[str, float]:
+    """method=rate items of --lr."""
+    rates = {}
+    for name, rate in assigned(items, "--lr").items():
+        if name not in METHODS:
+            raise ConfigError(f"--lr {name}={rate} is of no method: use {', '.join(METHODS)}")
+        if not isinstance(rate, (int, float)) or isinstance(rate, bool):
+            raise ConfigError(f"--lr {name}={rate} is no number: write one, as in {name}=1e-3")
+        rates[name] = float(rate)
+    return rates
 
 
 def device_named(name: str) -> torch.device:

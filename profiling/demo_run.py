@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -33,8 +34,8 @@ from ogpstream.profiling.tasks import demo_tasks
 RING = 32
 # updates in the idle phase after each domain, two old samples each
 IDLE = 60
-# found for each method by cross-validation on the learning wordings alone: see profiling/README.md
-RATES = {"ogp": 3e-3, "replay1": 1e-3, "sequential": 5e-4}
+# of A and of B, found for each method by cross-validation on the learning wordings alone: see profiling/README.md
+RATES = {"ogp": (3e-3, 6e-3), "replay1": (1e-3, 1e-3), "sequential": (5e-4, 5e-4)}
 # stronger than the default: a base of 1.7M parameters uses every direction it has
 BASE_ANCHOR = 3e-2
 HELD_OUT = 96
@@ -83,9 +84,11 @@ def run_demo(model: str | None, out: Path, cache: Path, seed: int, console: Cons
 
     def job(name: str, method: str, *, saved: bool = False, domains: int | None = None,
             adapter: Path | None = None) -> Job:
+        rate, of_b = RATES[method]
+        settings = replace(config, loraplus_lr_ratio=of_b / rate).to_dict()
         return Job(
-            model, method, config.to_dict(), RATES[method], IDLE, domains is None, threads, None,
-            domains, compared, str(work / f"{name}.progress.json"), str(work / f"{name}.json"),
+            model, method, settings, rate, IDLE, domains is None, threads, None, domains, compared,
+            str(work / f"{name}.progress.json"), str(work / f"{name}.json"),
             str(work / f"{name}.state") if saved else None, calibration, held_out,
             None if adapter is None else str(adapter),
         )

@@ -19,7 +19,7 @@ from ogpstream.learner.pretrained import load_pretrained
 from ogpstream.learner.sites import AdaptedLinear, Attachment
 from ogpstream.profiling.baselines.joint import EPOCHS, Joint
 from ogpstream.profiling.evaluate import AccuracyMatrix
-from ogpstream.profiling.methods import method_config, student
+from ogpstream.profiling.methods import OURS, PLAIN, baseline_class, method_config, student
 from ogpstream.profiling.row_store import Keyed
 from ogpstream.profiling.stream_run import evaluate, run_stream
 from ogpstream.profiling.student import LearnerStudent, Student
@@ -42,6 +42,7 @@ class Job(Keyed):
         config: of the learner, as `LearnerConfig.to_dict` has it, with ring and seed.
         lr, strength: of the method; None is its default.
         tuned_on: the stream that these were found on, or None.
+        idle: updates of an idle phase; idle_every: samples between two of these, None for one after each task.
         limit: samples of each task, the first ones.
         tune: learning samples of each task that are held back and scored in place of the test items; 0 tests.
         texts: held-out texts for retention; calibration: texts for the warm start, None for the model's own samples.
@@ -56,6 +57,7 @@ class Job(Keyed):
     strength: float | None = None
     tuned_on: str | None = None
     idle: int = 100
+    idle_every: int | None = None
     limit: int | None = None
     tune: int = 0
     every: int | None = None
@@ -74,6 +76,20 @@ class Job(Keyed):
         else:
             tasks = folder_tasks(Path(self.tasks), self.stream, seed=self.seed, limit=self.limit)
         return split_tail(tasks, self.tune) if self.tune else tasks
+
+    def check(self) -> None:
+        """What would fail only after the pass has begun.
+
+        Raises:
+            ConfigError: a setting is out of range, or does not go with the method.
+        """
+        method_config(self.method, LearnerConfig.from_dict(self.config), lr=self.lr)
+        if self.method in OURS or self.method in PLAIN:
+            return
+        if self.idle_every is not None and baseline_class(self.method).boundaries:
+            raise ConfigError(f"{self.method} takes the idle phase for the end of a task: leave --idle-every out")
+        if self.method == "ewc" and not self.idle:
+            raise ConfigError("ewc measures its Fisher information in idle phases: give --idle 1 or more")
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,7 @@ def run_row(job: Job, on_progress: Progress = lambda done, total: None) -> dict[
     if job.threads:
         torch.set_num_threads(job.threads)
     config = LearnerConfig.from_dict(job.config)
+    own = method_config(job.method, config, lr=job.lr)
     tasks = job.order()
     model, tokenizer = load_pretrained(job.model)
     probe = None
@@ -119,8 +136,9 @@ def run_row(job: Job, on_progress: Progress = lambda done, total: None) -> dict[
         "method": job.method, "stream": job.stream, "seed": job.seed, "ring": config.ring_samples,
         **dict.fromkeys(("acc", "la", "bwt", "crs", "ppl_ratio", "crs_everywhere", "stickiness", "prequential_loss",
                          "coverage")), **row,
-        "lr": method_config(job.method, config, lr=job.lr).lr, "tuned_on": job.tuned_on, "idle": job.idle,
-        "limit": job.limit, "tune": job.tune, "samples": sum(len(task.learn) for task in tasks),
+        "lr": own.lr, "lr_ratio": own.loraplus_lr_ratio, "tuned_on": job.tuned_on, "idle": job.idle,
+        "idle_every": job.idle_every, "limit": job.limit, "tune": job.tune,
+        "samples": sum(len(task.learn) for task in tasks),
         "tasks": [task.name for task in tasks], "torch": torch.__version__, "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - started, "settings": job.settings,
     }
@@ -131,7 +149,7 @@ def _stream(job: Job, model: Any, tokenizer: Any, config: LearnerConfig, tasks: 
     learner = student(job.method, model, tokenizer, config, lr=job.lr, strength=job.strength,
                       calibration=job.calibration)
     total = sum(len(task.learn) for task in tasks)
-    run = run_stream(learner, tasks, idle=job.idle, every=job.every, ask=True,
+    run = run_stream(learner, tasks, idle=job.idle, idle_every=job.idle_every, every=job.every, ask=True,
                      on_progress=lambda run: on_progress(run.learned, total))
     matrix = AccuracyMatrix([task.name for task in tasks])
     for accuracies in run.rows:

@@ -20,8 +20,8 @@ def compute(plan: Sequence[Job], store: RowStore, jobs: int) -> None:
     """The rows that are missing, with a line for each as soon as it is done."""
     missing = list({job.settings: job for job in plan if store.find(job.settings) is None}.values())
     console = Console(stderr=True)
-    if len(missing) < len(plan):
-        console.print(f"{len(plan) - len(missing)} of {len(plan)} rows are there already", highlight=False)
+    if found := store.found(job.settings for job in plan):
+        console.print(found, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         whole = progress.add_task("rows", total=len(missing))

@@ -22,7 +22,7 @@ _BASELINES = {"replay16": "Replay16", "ewc": "EWC", "si": "SI", "agem": "AGEM", 
               "olora": "OLoRA", "osf": "OSF", "joint": "Joint"}
 METHODS = (*OURS, "sequential", "replay16", "replay1", "ewc", "si", "agem", "derpp", "mer", "olora", "osf", "joint")
 # of plain LoRA by the learner, untuned and tried; each baseline has its own
-PLAIN_RATE, PLAIN_RATES = 1e-3, (2.5e-4, 5e-4, 1e-3, 2e-3)
+PLAIN_RATE, PLAIN_RATES, PLAIN_RATIOS = 1e-3, (2.5e-4, 5e-4, 1e-3, 2e-3), (1.0, 2.0)
 
 
 def named_methods(names: str) -> list[str]:
@@ -59,7 +59,7 @@ def method_config(method: str, config: LearnerConfig, *, lr: float | None = None
                                           if (value := getattr(config, f.name)) != getattr(own, f.name)})
     elif method not in OURS:
         config = replace(config, guard="none", served_to="all", routing="named", warm_start=False, settled_below=0.0,
-                         second_look=False, rehearsal_candidates=0, loraplus_lr_ratio=1.0)
+                         second_look=False, rehearsal_candidates=0)
     if method == "sequential":
         config = replace(config, rehearsals=0, replay_every=0)
     return config if lr is None else replace(config, lr=lr)
@@ -94,11 +94,12 @@ def untuned(method: str) -> tuple[float | None, float | None]:
     return kind.rate, kind.strength
 
 
-def grid(method: str) -> list[tuple[float, float | None]]:
-    """(rate, strength) to be tried when the method is tuned; none for ours, whose settings are the defaults."""
+def grid(method: str) -> list[tuple[float, float, float | None]]:
+    """(rate, ratio of B's rate to A's, strength) to be tried when the method is tuned; none for ours, whose settings
+    are the defaults."""
     if method in OURS:
         return []
     if method in PLAIN:
-        return [(rate, None) for rate in PLAIN_RATES]
+        return list(product(PLAIN_RATES, PLAIN_RATIOS, (None,)))
     kind = baseline_class(method)
-    return list(product(kind.rates, kind.strengths or (None,)))
+    return list(product(kind.rates, kind.ratios, kind.strengths or (None,)))

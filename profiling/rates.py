@@ -16,16 +16,23 @@ from ogpstream.profiling.methods import METHODS, grid
 
 @dataclass(frozen=True)
 class Rate:
-    """What was found for one method, and on which stream."""
+    """What was found for one method, and on which stream; None is the method's default."""
 
-    lr: float
+    lr: float | None
     strength: float | None
     tuned_on: str | None
+    # of B's rate to A's; None leaves what the configuration says
+    ratio: float | None = None
+
+    def apply(self, job: Job) -> Job:
+        """A job with these."""
+        ratio = {} if self.ratio is None else {"loraplus_lr_ratio": self.ratio}
+        return replace(job, lr=self.lr, strength=self.strength, tuned_on=self.tuned_on, config={**job.config, **ratio})
 
 
 def candidates(job: Job) -> list[Job]:
     """A job with each of the settings that its method is tuned over."""
-    return [replace(job, lr=lr, strength=strength) for lr, strength in grid(job.method)]
+    return [Rate(lr, strength, None, ratio).apply(job) for lr, ratio, strength in grid(job.method)]
 
 
 def winners(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -33,13 +40,15 @@ def winners(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
     Of equal ones the first in the grid wins, which is the smaller rate.
     """
-    scores: dict[str, dict[tuple[float, float | None], list[float]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[str, dict[tuple[float, float, float | None], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        scores[row["method"]][row["lr"], row["strength"]].append(row["acc"] or 0.0)
+        scores[row["method"]][row["lr"], row["lr_ratio"], row["strength"]].append(row["acc"] or 0.0)
     found = {}
     for method, by_setting in scores.items():
-        tried: list[dict[str, Any]] = [{"lr": lr, "strength": strength, "acc": sum(accs) / len(accs),
-                                         "seeds": len(accs)} for (lr, strength), accs in by_setting.items()]
+        tried: list[dict[str, Any]] = [
+            {"lr": lr, "lr_ratio": ratio, "strength": strength, "acc": sum(accs) / len(accs), "seeds": len(accs)}
+            for (lr, ratio, strength), accs in by_setting.items()
+        ]
         found[method] = {**max(tried, key=lambda one: float(one["acc"])), "tried": tried}
     return found
 
@@ -59,10 +68,12 @@ def read_rates(path: Path) -> dict[str, Rate]:
     """
     try:
         known = json.loads(path.read_text("utf-8"))
+        if not isinstance(known, dict):
+            raise TypeError("no JSON object")
         unknown = sorted(set(known) - set(METHODS))
         if unknown:
             raise ConfigError(f"{path} has rates of {', '.join(unknown)}: methods are {', '.join(METHODS)}")
-        return {method: Rate(float(found["lr"]), found["strength"], found["tuned_on"])
+        return {method: Rate(float(found["lr"]), found["strength"], found["tuned_on"], float(found["lr_ratio"]))
                 for method, found in known.items()}
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): make it with --find-rates") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,6 +62,7 @@ def run_stream(
     tasks: Sequence[Task],
     *,
     idle: int,
+    idle_every: int | None = None,
     every: int | None = None,
     score: bool = True,
     ask: bool = False,
@@ -70,7 +72,8 @@ def run_stream(
     """Learn all samples of the tasks once, in order.
 
     Args:
-        idle: updates of the idle phase after each task.
+        idle: updates of the idle phase after each task; with `idle_every` after so many samples each, wherever tasks
+            end, and after the last one.
         every: samples between points of the accuracy over the stream, inside tasks; None takes none. The end of a task
             is one too, after its idle phase.
         score: take the accuracies after each task.
@@ -79,11 +82,25 @@ def run_stream(
         on_progress: called after every sample.
     """
     run = run or StreamRun()
+    # samples before each idle phase
+    ends = list(accumulate(len(task.learn) for task in tasks))
+    phases = ends if idle_every is None else [*range(idle_every, ends[-1], idle_every), ends[-1]]
+
+    # a run that was killed in its idle phase has finished it while loading
+    rested = max(student.rests, bisect_left(phases, run.learned))
+
+    def rest() -> None:
+        nonlocal rested
+        if rested < bisect_right(phases, run.learned):
+            student.rest(idle)
+            rested += 1
+
     offset = 0
     for number, task in enumerate(tasks):
         for at, sample in enumerate(task.learn, offset):
             if at < run.learned:
                 continue
+            rest()
             started = time.perf_counter()
             loss = student.learn(sample)
             if loss is not None:
@@ -99,9 +116,7 @@ def run_stream(
         offset += len(task.learn)
         if len(run.rows) > number:
             continue
-        # a run that was killed in its idle phase has finished it while loading
-        if student.rests <= number:
-            student.rest(idle)
+        rest()
         run.rows.append(evaluate(student, tasks) if score else [])
         if score:
             run.points.append((run.learned, float(np.mean(run.rows[-1]))))

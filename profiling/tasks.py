@@ -59,6 +59,8 @@ def folder_tasks(folder: Path, stream: str, *, seed: int, limit: int | None = No
         else:
             names = name.split(",")
         missing = [n for n in names if n not in known["tasks"]]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"stream {stream!r} has a task twice: samples of equal ids are learned once")
         if missing or backwards not in ("", "reversed"):
             raise ConfigError(f"no stream {stream!r} in {folder}: streams are {', '.join(streams)}, "
                               f"tasks {', '.join(known['tasks'])}")
@@ -84,9 +86,15 @@ def _read(folder: Path, name: str, labels: tuple[str, ...], seed: int, limit: in
 
 
 def split_tail(tasks: Sequence[Task], held: int) -> list[Task]:
-    """The same tasks with the last `held` learning samples of each as test items: for tuning, away from the test."""
+    """The same tasks with the last `held` learning samples of each as test items: for tuning, away from the test.
+
+    Raises:
+        ConfigError: a task has no more than these.
+    """
     cut = []
     for task in tasks:
+        if len(task.learn) <= held:
+            raise ConfigError(f"{task.name} has {len(task.learn)} samples: hold back fewer than that, not {held}")
         tail = task.learn[-held:]
         cut.append(Task(task.name, task.labels, task.learn[:-held], tuple(str(s.prompt) for s in tail),
                         tuple(str(s.completion).strip() for s in tail)))

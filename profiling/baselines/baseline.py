@@ -35,13 +35,14 @@ class Baseline:
 
     Args:
         model: a decoder of transformers; adapted in place.
-        config: of the learner: rank, alpha, linears, rate, betas, ring and the number of evaluations are taken from it.
+        config: of the learner: rank, alpha, linears, rates of A and B, betas, ring and the number of evaluations are
+            taken from it.
         strength: the method's own setting; None is its default.
 
     Attributes:
         boundaries: whether the method's formula is told where a task ends.
         rate, strength: the learning rate and the method's own setting where none was tuned.
-        rates, strengths: what is tried when the method is tuned.
+        rates, ratios, strengths: what is tried when the method is tuned; a ratio is that of B's rate to A's.
         gradients: evaluations so far.
         rests: idle phases so far.
         recent: samples since the last idle phase.
@@ -50,6 +51,7 @@ class Baseline:
     boundaries: ClassVar[bool] = False
     rate: ClassVar[float] = 1e-3
     rates: ClassVar[Sequence[float]] = (2.5e-4, 5e-4, 1e-3, 2e-3)
+    ratios: ClassVar[Sequence[float]] = (1.0, 2.0)
     strengths: ClassVar[Sequence[float]] = ()
     strength: float | None = None
 
@@ -75,25 +77,31 @@ class Baseline:
     def attach(self) -> None:
         """Put the trained parameters into the model and `train` them."""
         get_peft_model(self.model, self.lora(), autocast_adapter_dtype=False)
-        self.train([p for p in self.model.parameters() if p.requires_grad])
+        self.train()
 
     def lora(self) -> LoraConfig:
         targets = self.config.target_modules
         return LoraConfig(r=self.config.rank, lora_alpha=self.config.alpha, lora_dropout=0.0,
                           target_modules=list(targets) if isinstance(targets, tuple) else targets)
 
-    def train(self, parameters: list[nn.Parameter]) -> None:
-        """From now on these are trained, by an Adam of their own.
+    def train(self) -> None:
+        """From now on the parameters that require gradients are trained, by an Adam of their own.
 
         Raises:
             ModelError: there are none.
         """
-        if not parameters:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if not named:
             raise ModelError(f"{type(self).__name__} finds no linear to train in {type(self.model).__name__}: "
                              "use a model of nn.Linear layers")
-        self.parameters = parameters
-        self._sizes = [p.numel() for p in parameters]
-        self.optimizer = torch.optim.Adam(parameters, lr=self.config.lr, betas=self.config.betas)
+        self.parameters: list[nn.Parameter] = [p for _, p in named]
+        self._sizes = [p.numel() for p in self.parameters]
+        rate = self.config.lr
+        # LoRA+, as the learner has it
+        self.optimizer = torch.optim.Adam([
+            {"params": [p for name, p in named if "lora_B" not in name], "lr": rate},
+            {"params": [p for name, p in named if "lora_B" in name], "lr": rate * self.config.loraplus_lr_ratio},
+        ], betas=self.config.betas)
 
     def theta(self) -> Tensor:
         """A copy of all trained parameters."""

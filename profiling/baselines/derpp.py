@@ -20,6 +20,7 @@ BETA = 1.0
 class DERpp(Baseline):
     """Dark experience replay with labels; `strength` is alpha."""
 
+    rates = (5e-4, 1e-3, 2e-3, 4e-3)
     strengths = (0.1, 0.3, 1.0)
     strength = 0.3
 

@@ -20,6 +20,8 @@ from ogpstream.profiling.baselines.baseline import Baseline, Lesson
 class MER(Baseline):
     """Meta-experience replay; `strength` is gamma."""
 
+    # a part of each step is taken back, so it wants larger ones
+    rates = (1e-3, 2e-3, 3e-3, 4e-3)
     strengths = (0.3, 0.5, 1.0)
     strength = 0.5
 

@@ -51,7 +51,7 @@ class OLoRA(Baseline):
         newest = f".{self.tasks[-1]}."
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(newest in name)
-        self.train([p for p in self.model.parameters() if p.requires_grad])
+        self.train()
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
     def factors(self, task: str) -> list[nn.Parameter]:

@@ -24,6 +24,8 @@ class OSF(Baseline):
     # it trains weights and not a product of two factors that starts at 0, so it wants smaller steps than LoRA
     rate = 2e-4
     rates = (5e-5, 2e-4, 5e-4)
+    # it has no B
+    ratios = (1.0,)
     strengths = (0.25, 0.5, 0.75)
     strength = 0.5
 
@@ -35,7 +37,7 @@ class OSF(Baseline):
         self.peft: Any = get_peft_model(self.model, preserve, autocast_adapter_dtype=False)
         self.decomposed = self.rests
         self.layers = [module for module in self.model.modules() if isinstance(module, OSFLayer)]
-        self.train([p for p in self.model.parameters() if p.requires_grad])
+        self.train()
 
     def learn_lesson(self, lesson: Lesson) -> float:
         if self.rests > self.decomposed:

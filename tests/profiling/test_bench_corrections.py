@@ -92,7 +92,10 @@ def test_with_a_ring_a_method_of_the_learner_refreshes_if_asked(model: str, monk
 
 @pytest.mark.parametrize(("wrong", "told"), [
     (["--methods", "none"], "unknown method none"),
-    (["--set", "lr=0.1"], "give a method its rate"),
+    (["--set", "lr=0.1"], "--lr method=rate"),
+    (["--lr", "replay1=x"], "replay1=x is no number"),
+    (["--lr", "none=1"], "of no method"),
+    (["--methods", "ewc", "--idle", "0"], "Fisher"),
     (["--set", "nothing=1"], "unknown setting nothing"),
 ])
 def test_what_does_not_fit_is_one_line(model: str, wrong: list[str], told: str) -> None:

@@ -90,6 +90,18 @@ def test_the_embedded_corrections_need_no_data(base):
     assert there["samples"] == len(there["tasks"]) and there["crs"] is None
 
 
+def test_idle_phases_after_so_many_samples(arguments):
+    (row,) = _rows(arguments, "--methods", "replay1", "--idle-every", "3")
+    # 8 samples with an old one each but the first, and idle updates of two after 3, 6 and 8
+    assert row["grad_evals"] == 8 * 2 - 1 + 3 * 2 and row["idle_every"] == 3
+
+
+def test_texts_without_running_text_are_told(arguments, tmp_path):
+    (tmp_path / "short.txt").write_text("too short\n")
+    done = CliRunner().invoke(app, [*arguments, "--texts", str(tmp_path / "short.txt")])
+    assert done.exit_code == 2 and "running text" in done.stderr
+
+
 def test_finished_rows_are_not_computed_again(arguments, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "out")]
     first = _rows(arguments, *out, "--methods", "agem,si")
@@ -133,12 +145,13 @@ def test_rates_that_were_found_on_one_stream_are_used_on_another(arguments, tmp_
     monkeypatch.setattr("ogpstream.profiling.baselines.ewc.EWC.strengths", (7.0,))
     file = tmp_path / "rates.json"
     tried = _rows(arguments, "--methods", "ogp,ewc", "--tune", "2", "--find-rates", str(file))
-    assert [(row["method"], row["lr"], row["strength"], row["tune"]) for row in tried] == [
-        ("ewc", 1e-4, 7.0, 2), ("ewc", 3e-3, 7.0, 2)]
+    assert [(row["method"], row["lr"], row["lr_ratio"], row["strength"], row["tune"]) for row in tried] == [
+        ("ewc", 1e-4, 1.0, 7.0, 2), ("ewc", 1e-4, 2.0, 7.0, 2), ("ewc", 3e-3, 1.0, 7.0, 2), ("ewc", 3e-3, 2.0, 7.0, 2)]
     found = json.loads(file.read_text())
     assert set(found) == {"ewc"} and found["ewc"]["tuned_on"] == "s"
     ogp, ewc = _rows(arguments, "--methods", "ogp,ewc", "--rates", str(file), "--stream", "s:reversed")[2:]
-    assert (ewc["lr"], ewc["strength"], ewc["tuned_on"]) == (found["ewc"]["lr"], 7.0, "s")
+    assert [ewc[name] for name in ("lr", "lr_ratio", "strength", "tuned_on")] == [
+        *(found["ewc"][name] for name in ("lr", "lr_ratio")), 7.0, "s"]
     assert ewc["tasks"] == ["y", "x"] and ogp["lr"] == 1.5e-3 and ogp["tuned_on"] is None
 
 
@@ -156,7 +169,9 @@ def test_the_warm_start_takes_the_given_texts(arguments, tmp_path):
     (["--lr", "ewx=1"], "ewx"), (["--stream", "z"], "no stream 'z'"), (["--find-rates", "r.json"], "--tune"),
     (["--methods", "ogp", "--tune", "2", "--find-rates", "r.json"], "nothing to try for ogp"),
     (["--set", "rank=0"], "rank is 0"), (["--set", "lr=1"], "--lr method=rate"),
-    (["--rates", "none.json"], "--find-rates"),
+    (["--rates", "none.json"], "--find-rates"), (["--lr", "agem=abc"], "agem=abc is no number"),
+    (["--stream", "x,y,x"], "a task twice"), (["--methods", "agem", "--tune", "4"], "hold back fewer"),
+    (["--methods", "ewc", "--idle", "0"], "Fisher"), (["--methods", "si", "--idle-every", "3"], "end of a task"),
 ])
 def test_wrong_options_are_told(arguments, wrong, told):
     done = CliRunner().invoke(app, [*arguments, *wrong])

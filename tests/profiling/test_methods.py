@@ -19,6 +19,6 @@ def test_every_other_method_is_plain_lora_at_its_own_rate():
     for method in METHODS[len(OURS):]:
         config = method_config(method, EQUAL, lr=3e-4)
         assert config.guard == "none" and not config.warm_start
-        assert config.lr == 3e-4 and config.loraplus_lr_ratio == 1.0
+        assert config.lr == 3e-4 and config.loraplus_lr_ratio == EQUAL.loraplus_lr_ratio == 2.0
         assert (config.ring_samples, config.rank, config.seed) == (7, 4, 3)
         assert config.rehearsals == (0 if method == "sequential" else EQUAL.rehearsals)

@@ -6,27 +6,32 @@ from ogpstream.profiling.rates import Rate, candidates, read_rates, winners, wri
 
 
 def _rows(method, *tried):
-    return [{"method": method, "lr": lr, "strength": strength, "acc": acc} for lr, strength, acc in tried]
+    return [{"method": method, "lr": lr, "lr_ratio": ratio, "strength": strength, "acc": acc}
+            for lr, ratio, strength, acc in tried]
 
 
 def test_the_highest_mean_over_the_seeds_wins():
-    rows = _rows("ewc", (1e-3, 1.0, 0.9), (2e-3, 1.0, 0.6), (1e-3, 1.0, 0.1), (2e-3, 1.0, 0.6), (5e-4, 2.0, None))
+    rows = _rows("ewc", (1e-3, 1.0, 1.0, 0.9), (1e-3, 2.0, 1.0, 0.6), (1e-3, 1.0, 1.0, 0.1), (1e-3, 2.0, 1.0, 0.6),
+                 (5e-4, 1.0, 2.0, None))
     found = winners(rows)["ewc"]
-    assert (found["lr"], found["strength"], found["acc"], found["seeds"]) == (2e-3, 1.0, pytest.approx(0.6), 2)
-    assert [(one["lr"], one["acc"]) for one in found["tried"]] == [(1e-3, 0.5), (2e-3, 0.6), (5e-4, 0.0)]
+    assert (found["lr"], found["lr_ratio"], found["strength"]) == (1e-3, 2.0, 1.0)
+    assert (found["acc"], found["seeds"]) == (pytest.approx(0.6), 2)
+    assert [(one["lr"], one["lr_ratio"], one["acc"]) for one in found["tried"]] == [
+        (1e-3, 1.0, 0.5), (1e-3, 2.0, 0.6), (5e-4, 1.0, 0.0)]
     # of equal ones the first in the grid
-    assert winners(_rows("si", (1e-3, 1.0, 0.5), (2e-3, 1.0, 0.5)))["si"]["lr"] == 1e-3
+    assert winners(_rows("si", (1e-3, 1.0, 1.0, 0.5), (2e-3, 1.0, 1.0, 0.5)))["si"]["lr"] == 1e-3
 
 
 def test_a_file_of_rates_is_written_added_to_and_read(tmp_path):
     path = tmp_path / "rates.json"
-    write_rates(path, "s", _rows("ewc", (1e-3, 10.0, 0.5)))
-    write_rates(path, "t", _rows("agem", (5e-4, None, 0.5)))
-    assert read_rates(path) == {"ewc": Rate(1e-3, 10.0, "s"), "agem": Rate(5e-4, None, "t")}
+    write_rates(path, "s", _rows("ewc", (1e-3, 2.0, 10.0, 0.5)))
+    write_rates(path, "t", _rows("agem", (5e-4, 1.0, None, 0.5)))
+    assert read_rates(path) == {"ewc": Rate(1e-3, 10.0, "s", 2.0), "agem": Rate(5e-4, None, "t", 1.0)}
 
 
 @pytest.mark.parametrize("text,told", [("{", "no file of rates"), ('{"ewx": {}}', "rates of ewx"),
-                                       ('{"ewc": {"lr": 1}}', "strength"), (None, "cannot be read")])
+                                       ("[]", "no JSON object"), ('{"ewc": {"lr": 1}}', "strength"),
+                                       (None, "cannot be read")])
 def test_a_wrong_file_of_rates_is_told(tmp_path, text, told):
     if text is not None:
         (tmp_path / "rates.json").write_text(text)
@@ -37,5 +42,6 @@ def test_a_wrong_file_of_rates_is_told(tmp_path, text, told):
 def test_every_setting_of_a_grid_is_a_row_of_its_own():
     job = Job("ewc", "m", None, "demo", LearnerConfig().to_dict())
     tried = candidates(job)
-    assert len({(one.lr, one.strength) for one in tried}) == len({one.settings for one in tried}) == 12
+    settings = {(one.lr, one.config["loraplus_lr_ratio"], one.strength) for one in tried}
+    assert len(settings) == len({one.settings for one in tried}) == 24
     assert candidates(Job("ogp", "m", None, "demo", LearnerConfig().to_dict())) == []

@@ -79,6 +79,31 @@ def test_an_idle_phase_that_was_finished_while_loading_is_not_repeated(parrots):
     assert rested.rests == 2 and rested.count == 5 and len(run.rows) == 2
 
 
+@pytest.mark.parametrize("start", [0, 2, 3, 5, 9])
+def test_idle_phases_can_be_out_of_step_with_tasks(parrots, start):
+    # each phase that is over is one that the learner has done; of 10 samples one ends after 3, 6, 9 and the last
+    learner = parrots(rests=start // 3)
+    seen: list[tuple[int, int]] = []
+    run_stream(learner, _tasks(), idle=1, idle_every=3, run=StreamRun(learned=start),
+               on_progress=lambda run: seen.append((run.learned, learner.rests)))
+    by_learned = {learned: rests for learned, rests in seen}
+    assert learner.rests == 4 and by_learned[10] == 4
+    # after the third sample, so with the fourth
+    assert all(by_learned[n] == (n - 1) // 3 for n in range(start + 1, 10) if n != 5 or start == 5)
+
+
+def test_a_learner_that_counts_no_idle_phase_rests_once_after_each_task(parrots):
+    class Restless(parrots):
+        calls = 0
+
+        def rest(self, updates):
+            self.calls += 1
+
+    learner = Restless()
+    run_stream(learner, _tasks(), idle=1)
+    assert learner.calls == 2 and learner.rests == 0
+
+
 def test_a_run_goes_on_where_another_process_stopped(tiny_model, tiny_tokenizer, tmp_path):
     class Stop(Exception):
         pass
@@ -133,5 +158,9 @@ def test_a_folder_of_tasks_is_read_in_the_order_of_a_stream(tmp_path):
     assert sorted(s.prompt for s in only.learn) == ["y0", "y1", "y2", "y3"] and only.answers == ("y",) * 3
     with pytest.raises(ConfigError, match="no stream 'z'"):
         folder_tasks(tmp_path, "z", seed=0)
+    with pytest.raises(ConfigError, match="a task twice"):
+        folder_tasks(tmp_path, "x,y,x", seed=0)
+    with pytest.raises(ConfigError, match="y has 4 samples: hold back fewer"):
+        split_tail(folder_tasks(tmp_path, "y", seed=0, limit=4), 4)
     with pytest.raises(ConfigError, match="no folder of tasks"):
         folder_tasks(tmp_path / "missing", "s", seed=0)

@@ -17,14 +17,18 @@ def test_plain_lora_steps_on_the_new_sample_alone_and_rests_on_the_latest(build)
         torch.testing.assert_close(gradient, watched.own_gradient(number, theta))
 
 
-def test_steps_are_adams_at_the_learners_rate_and_betas(build):
-    watched = build(Baseline, lr=1e-3, betas=(0.8, 0.95))
+def test_steps_are_adams_at_the_learners_rates_of_both_factors_and_betas(build):
+    watched = build(Baseline, lr=1e-3, betas=(0.8, 0.95), loraplus_lr_ratio=3.0)
     watched.learn(0, 1)
+    named = dict(watched.baseline.model.named_parameters())
+    rate = torch.cat([torch.full_like(p, 3e-3 if "lora_B" in name else 1e-3).reshape(-1) for name, p in named.items()
+                      if p.requires_grad])
+    assert 0 < (rate == 3e-3).sum() < len(rate)
     mean = square = torch.zeros_like(watched.baseline.theta())
     for number, (before, gradient, after) in enumerate(watched.steps, 1):
         mean, square = 0.8 * mean + 0.2 * gradient, 0.95 * square + 0.05 * gradient**2
         step = mean / (1 - 0.8**number) / ((square / (1 - 0.95**number)).sqrt() + 1e-8)
-        torch.testing.assert_close(after, before - 1e-3 * step)
+        torch.testing.assert_close(after, before - rate * step)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,11 +83,12 @@ def test_state_is_parameters_moments_ring_and_what_a_method_keeps(build):
 def test_grids_hold_the_defaults_and_ours_have_none():
     for name in METHODS:
         tried = grid(name)
-        assert (not tried) == (name in OURS) and len(set(tried)) == len(tried) <= 12
+        assert (not tried) == (name in OURS) and len(set(tried)) == len(tried) <= 30
         if name not in (*OURS, *PLAIN):
             kind = baseline_class(name)
             assert (kind.strength in kind.strengths) if kind.strengths else kind.strength is None
-            assert kind.rate in kind.rates and untuned(name) == (kind.rate, kind.strength) in tried
+            assert kind.rate in kind.rates and untuned(name) == (kind.rate, kind.strength)
+            assert (kind.rate, kind.ratios[-1], kind.strength) in tried
 
 
 def test_a_model_without_linears_is_told(tiny_model, tiny_tokenizer):
