@@ -27,7 +27,8 @@ def bench_corrections(
     methods: Annotated[str, typer.Option(help=f"of {', '.join(METHODS)}")] = "ogp,replay1,sequential,joint",
     facts: Annotated[int, typer.Option(min=1, max=1500, help="told, each once")] = 1000,
     amends: Annotated[int, typer.Option(min=0, help="of them that are told again with another answer")] = 100,
-    neighbours: Annotated[int, typer.Option(min=1, max=100, help="questions of two kinds that are never told")] = 100,
+    neighbours: Annotated[int, typer.Option(min=1, max=200, help="questions of each of two kinds that are never told")
+                          ] = 200,
     ring: Annotated[int, typer.Option(min=1, help="slots of the replay ring")] = 4096,
     seeds: Annotated[int, typer.Option(min=1, help="number of seeds")] = 1,
     idle: Annotated[int, typer.Option(min=0, help="updates of an idle phase after every 100 facts and the last")] = 100,

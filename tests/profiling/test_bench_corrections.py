@@ -8,10 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ogpstream.learner import StreamLearner
+from ogpstream.learner import LearnerConfig, Sample, StreamLearner
 from ogpstream.profiling import corrections_row
 from ogpstream.profiling.__main__ import app
 from ogpstream.profiling.corrections_row import answers, right
+from ogpstream.profiling.facts import facts, strangers, unrelated
 
 FIELDS = {"method", "seed", "stickiness", "stickiness_end", "stickiness_aged", "paraphrase", "neighbours", "strangers",
           "amended", "grad_evals", "update_ms_p50", "state_bytes", "settings"}
@@ -74,6 +75,60 @@ def test_all_methods_have_a_row_and_rows_are_kept(model: str, tmp_path: Path) ->
     assert (tmp_path / "out" / "corrections.csv").read_text().count("\n") == 5
     again = _run(*arguments)
     assert [row["seconds"] for row in json.loads(again.stdout.splitlines()[-1])["rows"]] == [r["seconds"] for r in rows]
+
+
+class _Forgetful:
+    """Knows the last `KEEPS` prompts that it was told, and no second answer to the first of all."""
+
+    KEEPS = 5
+    gradients = 7
+
+    def __init__(self) -> None:
+        self.told: dict[str, str] = {}
+        self.first = ""
+        self.rests: list[int] = []
+
+    def learn(self, sample: Sample) -> None:
+        prompt = str(sample.prompt)
+        self.first = self.first or prompt
+        if prompt != self.first or not self.told:
+            self.told.pop(prompt, None)
+            self.told[prompt] = str(sample.completion).strip()
+        while len(self.told) > self.KEEPS:
+            del self.told[next(iter(self.told))]
+
+    def rest(self, updates: int) -> None:
+        self.rests.append(len(self.told))
+
+    def state_bytes(self) -> int:
+        return 11
+
+
+def test_each_share_is_of_what_its_name_says(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, asked = _Forgetful(), []
+    told = facts(8, 0)
+    second = {fact.prompts[1] for fact in told[:6]}
+    monkeypatch.setattr(corrections_row, "student", lambda *_, **__: learner)
+    monkeypatch.setattr(corrections_row, "REST", 3)
+    monkeypatch.setattr(corrections_row, "right", lambda model, tokenizer, prompts, wanted: [
+        learner.told.get(prompt) == answer or prompt in second for prompt, answer in zip(prompts, wanted, strict=True)])
+
+    def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[tuple[int, ...]]:
+        asked.append(prompts)
+        # the first one of four changes of the one kind, all of the other
+        return [(len(learner.told) if number == 0 or prompts == strangers(4, 8, 0) else 0,)
+                for number in range(len(prompts))]
+
+    monkeypatch.setattr(corrections_row, "answers", answers)
+    job = corrections_row.Job("agem", model, LearnerConfig().to_dict(), None, facts=8, amends=4, neighbours=4, idle=1,
+                              threads=1)
+    row = corrections_row.run_row(job)
+    assert learner.rests == [3, 5, 5] and row["grad_evals"] == 7 and row["state_bytes"] == 11
+    # each at once; five of eight at the end, none of the first quarter; six of sixteen other wordings
+    assert (row["stickiness"], row["stickiness_end"], row["stickiness_aged"]) == (1.0, 5 / 8, 0.0)
+    assert row["paraphrase"] == 6 / 16
+    assert (row["neighbours"], row["strangers"], row["amended"]) == (3 / 4, 0.0, 3 / 4)
+    assert asked == [unrelated(4, 0), strangers(4, 8, 0)] * 2
 
 
 @pytest.mark.parametrize("refresh", [False, True])
