@@ -1,7 +1,7 @@
 """Replay 1:16: with every 16th new sample one evaluation goes to an old one, as in the written specification.
 
 The other evaluations repeat the new sample, so that there are as many as for the other methods; idle phases rehearse
-the ring. Replay 1:1 and more is the learner itself without protection, `replay1`.
+the ring. Replay of one or more old samples with each new one is the learner itself without protection, `replay1`.
 """
 
 from __future__ import annotations
