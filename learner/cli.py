@@ -35,6 +35,7 @@ from ogpstream.learner.terminal import (
     status_table,
     tell,
 )
+from ogpstream.learner.threads import spin_briefly
 
 if TYPE_CHECKING:
     from ogpstream.learner.learner import StreamLearner
@@ -139,6 +140,8 @@ def learn(
         else:
             learner = _resume(state, meta, model=model, threads=threads, dtype=dtype, device=device)
         stack.callback(learner.close)
+        # the rest of what a run before had acknowledged, which is done by now
+        recovered = learner.state.counters.learned - (0 if meta is None else meta["counters"]["learned"])
         known = {name: learner.state.store.expert(name).rank for name in learner.experts}
         experts = read_experts(add_expert or [], known, routes=learner.config.routes, widest=learner.attachment.widest)
         for name, rank in experts.items():
@@ -146,6 +149,7 @@ def learn(
         learner.update_budget_ms = update_budget_ms
         shown = stack.enter_context(LearnProgress(samples))
         result = learn_file(learner, samples, refresh=refresh, on_progress=shown.update)
+        result.recovered = recovered
     _answer(dataclasses.asdict(result), as_json, learn_summary(result, state))
     return int(strict and result.rejected > 0)
 
@@ -189,6 +193,8 @@ def ask(
         "".join(prompts).encode()
     except UnicodeEncodeError:
         raise ConfigError("a prompt is not UTF-8: ask in that") from None
+    if not all(map(str.strip, prompts)):
+        raise ConfigError("a prompt is empty: give what to ask")
     meta = _needed(state)
     from ogpstream.learner.answer import answer
 
@@ -223,15 +229,17 @@ def rollback(
 
 
 @app.command()
-def freeze(names: Names, state: State, model: Model = None, as_json: AsJson = False, device: Device = None) -> int:
+def freeze(names: Names, state: State, model: Model = None, as_json: AsJson = False, threads: Threads = None,
+           device: Device = None) -> int:
     """Let experts be as they are: no update changes them, samples of theirs are rejected; they go on answering."""
-    return _freeze(names, state, model, as_json, device, frozen=True)
+    return _freeze(names, state, model, as_json, threads, device, frozen=True)
 
 
 @app.command()
-def unfreeze(names: Names, state: State, model: Model = None, as_json: AsJson = False, device: Device = None) -> int:
+def unfreeze(names: Names, state: State, model: Model = None, as_json: AsJson = False, threads: Threads = None,
+             device: Device = None) -> int:
     """Let frozen experts learn again."""
-    return _freeze(names, state, model, as_json, device, frozen=False)
+    return _freeze(names, state, model, as_json, threads, device, frozen=False)
 
 
 @app.command()
@@ -243,6 +251,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
     model: Model = None,
     as_json: AsJson = False,
+    threads: Threads = None,
     device: Device = None,
 ) -> int:
     """Write experts as LoRA adapters that PeftModel.from_pretrained loads."""
@@ -251,7 +260,7 @@ def export(
     if not force and out.is_dir() and any(out.iterdir()):
         way = ", or give --force to replace the adapter there" if (out / "adapter_config.json").exists() else ""
         raise ConfigError(f"{out} is not empty: choose another --out{way}")
-    with closing(_resume(state, meta, model=model, device=device)) as learner:
+    with closing(_resume(state, meta, model=model, threads=threads, device=device)) as learner:
         names = learner.experts if expert is None else (expert,)
         if expert is None:
             learner.export_experts(out, replace=force)
@@ -264,6 +273,7 @@ def export(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; every error a user can act on is one line on stderr."""
+    spin_briefly()
     words = list(sys.argv[1:] if args is None else args) or ["--help"]
     _add_plugins(words[0])
     try:
@@ -309,11 +319,12 @@ def _add_plugin(point: EntryPoint) -> None:
 
 
 def _freeze(
-    names: list[str], state: Path, model: str | None, as_json: bool, device: str | None, *, frozen: bool
+    names: list[str], state: Path, model: str | None, as_json: bool, threads: int | None, device: str | None, *,
+    frozen: bool,
 ) -> int:
     log_to_stderr()
     meta = _needed(state)
-    with closing(_resume(state, meta, model=model, device=device)) as learner:
+    with closing(_resume(state, meta, model=model, threads=threads, device=device)) as learner:
         if unknown := [name for name in names if name not in learner.experts]:
             raise ConfigError(f"no expert {unknown[0]!r} in {state}: there are {', '.join(learner.experts)}")
         for name in names:

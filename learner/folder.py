@@ -211,7 +211,8 @@ class StateFolder:
         except SnapshotFormat as error:
             raise StateError(f"{self.path}: {error}") from error
         except JournalLocked as error:
-            raise StateError(f"{self.path} is in use by another process: stop it first") from error
+            raise StateError(f"{self.path} is in use by another process: stop it first; or by another "
+                             "learner of this one, which close() ends") from error
         except JournalFailed as error:
             raise StateError(f"{self.path} cannot be written any more: {error}; check the disk, restart") from error
         except OSError as error:

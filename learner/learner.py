@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -482,8 +482,14 @@ class StreamLearner:
         """
         self._versions.return_to(version)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Release the state folder and take the adapters out of the model.
+        """Release the state folder and take the adapters out of the model, as the end of a `with` does.
 
         Raises:
             StateError: the folder cannot be written. It is released, and has all that was acknowledged.

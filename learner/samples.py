@@ -68,6 +68,9 @@ class Sample:
                 object.__setattr__(self, name, _ids(getattr(self, name), name))
         if isinstance(self.prompt, str) and isinstance(self.completion, str):
             answer = self.completion
+            if not (self.prompt.strip() if self.prompt_ids is None else self.prompt_ids):
+                # it would be like every other one
+                refuse("the prompt is empty", "give what was asked")
         elif isinstance(self.prompt, list) and isinstance(self.completion, list):
             _check_messages(self.prompt, "prompt")
             _check_messages(self.completion, "completion")

@@ -198,11 +198,14 @@ def attach(
             forward; "shared" gives one basis to all of one D_in.
 
     Raises:
-        ModelError: the model carries PEFT layers already, or a target is missing or cannot be adapted.
+        ModelError: the model carries PEFT layers or another learner's already, or a target is missing or cannot be
+            adapted.
         ConfigError: the rank does not fit, or the scope is unknown. The model is as before in either case.
     """
     if basis_scope not in ("layer", "shared"):
         raise ConfigError(f"basis_scope is {basis_scope!r}: set it to 'layer' or 'shared'")
+    if any(isinstance(module, AdaptedLinear) for module in model.modules()):
+        raise ModelError("the model carries the adapters of another learner: close() that one first")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ModelError("the model carries PEFT layers already: give the base model, or merge_and_unload() first")
     binding = binding or Binding()

@@ -34,6 +34,7 @@ class StreamResult:
     Attributes:
         samples: lines that were samples, or refused as none.
         learned: that an update was made for.
+        recovered: learned before the first line, as acknowledged by an earlier run that ended too soon.
         rejected: unusable lines, and samples that a guard refused, now or in an earlier run.
         skipped: whose id was brought before.
         quarantined: kept for review, not trained on.
@@ -52,6 +53,7 @@ class StreamResult:
 
     samples: int = 0
     learned: int = 0
+    recovered: int = 0
     rejected: int = 0
     skipped: int = 0
     quarantined: int = 0

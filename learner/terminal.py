@@ -87,8 +87,8 @@ class LearnProgress:
 def learn_summary(result: StreamResult, state: Path) -> str:
     """What one run over a file did."""
     parts = [f"learned {result.learned} of {result.samples} samples now, {result.learned_in_all} in all"]
-    counts = ((result.skipped, "skipped as known"), (result.rejected, "rejected"),
-              (result.quarantined, "kept, not trained on"), (result.cut, "cut to fit"))
+    counts = ((result.recovered, "left over from an earlier run"), (result.skipped, "skipped as known"),
+              (result.rejected, "rejected"), (result.quarantined, "kept, not trained on"), (result.cut, "cut to fit"))
     parts += [f"{count} {name}" for count, name in counts if count]
     lines = ["; ".join(parts)]
     if result.update_ms_p50 is not None:

@@ -2,6 +2,7 @@
 
 import typer
 
+from ogpstream.learner.threads import spin_briefly
 from ogpstream.profiling.bench import register as register_bench
 from ogpstream.profiling.demo import register as register_demo
 
@@ -10,4 +11,5 @@ register_demo(app)
 register_bench(app)
 
 if __name__ == "__main__":
+    spin_briefly()
     app()

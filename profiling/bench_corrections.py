@@ -18,8 +18,8 @@ from ogpstream.profiling.bench_report import assigned, fail, method_rates, prepa
 from ogpstream.profiling.methods import METHODS, method_config, named_methods
 from ogpstream.profiling.row_store import RowStore
 
-SHOWN = ("stickiness", "stickiness_end", "stickiness_aged", "paraphrase", "neighbours", "strangers", "amended",
-         "grad_evals", "update_ms_p50", "state_bytes")
+SHOWN = ("method", "seed", "facts", "stickiness", "stickiness_end", "stickiness_aged", "paraphrase", "neighbours",
+         "strangers", "amended", "grad_evals", "update_ms_p50", "state_bytes")
 
 
 def bench_corrections(

@@ -30,7 +30,8 @@ class DemoProgress:
 
     def __enter__(self) -> DemoProgress:
         self._progress.start()
-        self._tell(f"begun: {', '.join(self._totals)}")
+        if self._totals:
+            self._tell(f"begun: {', '.join(self._totals)}")
         return self
 
     def __exit__(self, *_: object) -> None:

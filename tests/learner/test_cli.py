@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from ogpstream import learner as learner_package
-from ogpstream.learner import StreamLearner, cli, terminal
+from ogpstream.learner import Sample, StreamLearner, cli, terminal
 from ogpstream.learner.answer import Answer
 from ogpstream.learner.folder import StateFolder
 from ogpstream.learner.state import FORMAT
@@ -138,6 +138,14 @@ def test_status_needs_no_lock_and_counts_what_is_pending(copy, run):
     folder.close()
     status = json.loads(out[0])
     assert (code, status["pending"], status["acknowledged"], status["learned"]) == (0, 3, 9, 6)
+
+
+def test_what_an_earlier_run_left_over_is_told(place, copy, run, tmp_path):
+    with StreamLearner.load_state(copy, AutoModelForCausalLM.from_pretrained(place / "model")) as learner:
+        learner.accept(Sample(prompt_ids=(5, 6), completion_ids=(7,), id="left"))
+    code, out, _ = run(*learn(tmp_path, model=place / "model", samples=place / "s.jsonl"))
+    assert code == 0
+    assert out[0] == "learned 0 of 6 samples now, 7 in all; 1 left over from an earlier run; 6 skipped as known"
 
 
 def test_rejected_lines_are_told_and_only_strict_fails(place, run, tmp_path):
@@ -386,6 +394,7 @@ def test_errors_are_one_line_with_a_remedy(place, copy, run, tmp_path, monkeypat
     wrong(["status", "--state", tmp_path / "none"], "no learner state", "learn --state")
     for command in (["rollback", "--to", "1"], ["export", "--out", tmp_path / "a"]):
         wrong([*command, "--state", tmp_path / "none"], "no learner state", "learn --state")
+    wrong(["ask", "--state", copy, "a", " "], "a prompt is empty", "give what to ask")
     assert not {"none", "new", "a"} & {path.name for path in tmp_path.iterdir()}
     lock = StateFolder(copy)
     one_line(*run(*learn(tmp_path, **good)), "in use", "stop it first")

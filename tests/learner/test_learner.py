@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from ogpstream.learner import LearnerConfig, Sample, SampleReport, StateError, StreamLearner, judge, update
+from ogpstream.learner import LearnerConfig, ModelError, Sample, SampleReport, StateError, StreamLearner, judge, update
 from ogpstream.learner.learner import PERIOD
 from ogpstream.learner.step import Reading
 from ogpstream.memory import journal
@@ -460,6 +460,16 @@ def test_a_closed_learner_says_so(make: MakeLearner) -> None:
     for work in (lambda: learner.learn_one(_sample(1)), lambda: learner.learn_batch([_sample(1)])):
         with pytest.raises(StateError, match="the learner is closed"):
             work()
+
+
+def test_a_learner_is_closed_at_the_end_of_a_with_and_its_model_is_free_for_the_next(make: MakeLearner) -> None:
+    with make() as learner:
+        model = learner.model
+        with pytest.raises(ModelError, match="adapters of another learner"):
+            StreamLearner(model, None, LearnerConfig(warm_start=False))
+    with pytest.raises(StateError, match="the learner is closed"):
+        learner.learn_one(_sample(1))
+    StreamLearner(model, None, LearnerConfig(warm_start=False)).close()
 
 
 def test_a_report_is_of_the_sample_that_was_given(make: MakeLearner) -> None:

@@ -26,9 +26,9 @@ def test_prompt_and_completion_with_everything_optional():
     kept = parse({"prompt": "2", "completion": "4", "split": "train", "meta": free})
     assert kept.meta == {"split": "train", **free} and kept.trained
     assert parse({"prompt": "2", "completion": "4", "source_id": 3, "label_id": 1, "idx": 2, "score": 0.5}).meta
-    plain = parse({"prompt": "", "completion": "x", "meta": None, "id": None, "expert": None, "source": None})
-    assert plain == Sample("", "x") and plain.expert == "default" and plain.meta == {}
-    assert parse({"prompt": "", "completion": "x", "id": 12}).id == "12"
+    plain = parse({"prompt": "p", "completion": "x", "meta": None, "id": None, "expert": None, "source": None})
+    assert plain == Sample("p", "x") and plain.expert == "default" and plain.meta == {}
+    assert parse({"prompt": "p", "completion": "x", "id": 12}).id == "12"
 
 
 @pytest.mark.parametrize("label", [True, None, 0, "no", "", [], 0.0])
@@ -78,6 +78,9 @@ BAD = [
     ({"text": "a"}, "no prompt"),
     ({"prompt": "a", "completion": ""}, "completion is empty"),
     ({"prompt": "a", "completion": "  \n "}, "completion is empty"),
+    ({"prompt": "", "completion": "b"}, "prompt is empty; give what was asked"),
+    ({"prompt": " \n", "completion": "b"}, "prompt is empty"),
+    ({"prompt_ids": [], "completion_ids": [1]}, "prompt is empty"),
     ({"prompt": None, "completion": "b"}, "no prompt; give"),
     ({"prompt": "a", "completion": None}, "no completion"),
     ({"prompt": 1, "completion": "b"}, "a number and text"),
@@ -145,7 +148,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    prompt=st.text(),
+    prompt=st.text().filter(str.strip),
     completion=st.text().filter(str.strip),
     names=st.fixed_dictionaries({}, optional={k: st.text(min_size=1) for k in ("expert", "id", "source")}),
     meta=st.dictionaries(st.text(), VALUES, max_size=3),
@@ -161,7 +164,7 @@ def test_a_sample_survives_its_dict_and_a_line(prompt, completion, names, meta, 
 def test_ids_and_chats_survive_their_dict():
     for sample in (
         Sample(prompt_ids=(1, 2), completion_ids=(3,)),
-        Sample("seen", "text", prompt_ids=(), completion_ids=(2**70,)),
+        Sample("seen", "text", prompt_ids=(5,), completion_ids=(2**70,)),
         Sample([USER_TURN], [ANSWER, ANSWER], meta={"label": "x"}),
         Sample("a", "b", label=False, meta={"label": "x", "prompt": 1, "meta": {"lable": 2}}),
     ):

@@ -378,7 +378,7 @@ def test_refusals_leave_the_model_alone(
 
 def test_refuses_a_second_adapter(llama: tf.PreTrainedModel) -> None:
     attachment = attach(llama, rank=3)
-    with pytest.raises(ModelError, match="PEFT layers already"):
+    with pytest.raises(ModelError, match="adapters of another learner"):
         attach(llama, rank=3)
     attachment.detach()
     get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
