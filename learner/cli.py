@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from enum import StrEnum
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ogpstream.learner.learner import StreamLearner
 
 GROUP = "ogpstream.commands"
+DISTRIBUTION = "ogp-lora-stream"
 INTERRUPTED = 130
 EPILOG = ("Exit status: 0 fine; 1 the work failed, or --strict and a line was rejected; 2 the command or a setting is "
           "wrong, and nothing was done; 130 interrupted. Errors are one line on stderr.")
@@ -52,6 +53,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ogpstream {version(DISTRIBUTION)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_tell_version,
+                                           help="Print the version and do nothing else.")] = False,
+) -> None:
+    pass
+
 
 # newer typers bring their own copy of click, older ones use the package: its base is found through a class of either
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]

@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -138,6 +139,10 @@ def test_status_needs_no_lock_and_counts_what_is_pending(copy, run):
     folder.close()
     status = json.loads(out[0])
     assert (code, status["pending"], status["acknowledged"], status["learned"]) == (0, 3, 9, 6)
+
+
+def test_the_version_is_that_of_the_distribution(run):
+    assert run("--version") == (0, [f"ogpstream {version('ogp-lora-stream')}"], [])
 
 
 def test_what_an_earlier_run_left_over_is_told(place, copy, run, tmp_path):
