@@ -144,9 +144,7 @@ class Applier:
                 for older in contradicted:
                     if (held := place.find(older)) is not None:
                         place.evict(held)
-                slot = place.add(new.ids, new.prompt_length, expert=expert, uid=counters.acknowledged)
-                if slot is not None:
-                    place.mark(slot, loss=loss, gradient_norm=update.gradient_norms[0], updates=1)
+                place.add(new.ids, new.prompt_length, expert=expert, uid=counters.acknowledged)
             self.commit(gradients=1 + len(slots))
         yield from self.save()
         yield from self._repeat(record, updates)

@@ -17,7 +17,6 @@ LearningState = Literal["lean", "resident"]
 ServedTo = Literal["scope", "all"]
 Routing = Literal["named", "prompt"]
 RingKeep = Literal["recent", "reservoir", "balanced"]
-RingDraw = Literal["uniform", "loss", "gradient_norm"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ class LearnerConfig:
     # replay and rehearsal
     ring_samples: int = 4096  # slots of the replay ring
     ring_keep: RingKeep = "balanced"  # which samples stay when it is full: the same room for every completion
-    ring_draw: RingDraw = "uniform"
     replay_every: int = 16  # new samples per replayed one; 0 never replays
     rehearsals: int = 2  # old samples that join the update of a new one in `learn` and `learn_batch`
     second_look: bool = True  # one of them is the sample before, so that each can soon count as learned
@@ -122,8 +120,7 @@ class LearnerConfig:
             # what a state with these settings is loaded with, too
             if not _fits(value, hint):
                 raise ConfigError(f"{name} is {value!r}: it must be of type {self.__annotations__[name]}")
-        for name in ("optimizer", "guard", "basis_scope", "served_to", "routing", "ring_keep", "ring_draw",
-                     "learning_state"):
+        for name in ("optimizer", "guard", "basis_scope", "served_to", "routing", "ring_keep", "learning_state"):
             allowed = get_args(hints[name])
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: use one of {', '.join(allowed)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -74,10 +73,7 @@ class Recall:
             if slot is None:
                 continue
             flags = SlotFlag.REHEARSED | (SlotFlag.LEARNED if update.learned[at] else SlotFlag(0))
-            if math.isfinite(update.losses[at]) and math.isfinite(update.gradient_norms[at]):
-                ring.mark(slot, flags, loss=update.losses[at], gradient_norm=update.gradient_norms[at], updates=1)
-            else:
-                ring.mark(slot, flags)
+            ring.mark(slot, flags)
 
     def note_newest(self, update: Update) -> None:
         """Mark the newest sample with what an update of it alone showed; once learned, it waits for no rehearsal."""
@@ -87,6 +83,6 @@ class Recall:
         for place in (self.state.ring, self.state.waiting):
             slot = place.find(self.state.counters.acknowledged)
             if slot is not None:
-                place.mark(slot, flags, loss=update.losses[0], gradient_norm=update.gradient_norms[0], updates=1)
+                place.mark(slot, flags)
                 if flags and place is self.state.waiting:
                     place.evict(slot)

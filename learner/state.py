@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ogpstream.learner.sites import Attachment
 
-FORMAT = 7
+FORMAT = 8
 # ids a ring slot holds, prompt and completion together
 SLOT_TOKENS = 1024
 # latest samples that wait for their first rehearsal; with rehearsal by count there is one at a time
@@ -105,7 +105,7 @@ class LearnerState:
                          multiple=1 if model.device.type == "cpu" else 16),
             Protection(shapes, config),
             ReplayRing(config.ring_samples, SLOT_TOKENS, vocab_size=vocabulary, keep=config.ring_keep,
-                       draw=config.ring_draw, seed=config.seed),
+                       seed=config.seed),
             ReplayRing(WAITING, SLOT_TOKENS, vocab_size=vocabulary),
             SeenIds(),
             SeenIds(),

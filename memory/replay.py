@@ -17,10 +17,7 @@ from ogpstream.memory.owners import Owners
 from ogpstream.memory.pinned import host_zeros
 
 Keep = Literal["recent", "reservoir", "balanced"]
-Draw = Literal["uniform", "loss", "gradient_norm"]
 
-# a priority counts for a tenth of the mean or more, so that every sample keeps 1/11 of its uniform chance
-_FLOOR = 0.1
 _DRAWS, _RESERVOIR = 1, 2
 _INT64_MAX = 2**63 - 1
 _COLUMNS: dict[str, type[np.generic]] = {
@@ -28,9 +25,6 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "prompt_length": np.int32,
     "expert": np.int32,
     "uid": np.int64,
-    "loss": np.float64,
-    "gradient_norm": np.float64,
-    "updates": np.int64,
     "flags": np.uint8,
     "completion": np.int64,  # hash of its ids
     "offered": np.int64,  # samples with that completion so far, as long as one of them is in the ring
@@ -46,16 +40,13 @@ class SlotFlag(IntFlag):
 
 @dataclass(frozen=True)
 class Slot:
-    """One sample: ids `[T]` int64 (a copy). Priorities are None until they are measured."""
+    """One sample: ids `[T]` int64 (a copy)."""
 
     slot: int
     ids: Tensor
     prompt_length: int
     expert: str
     uid: int
-    loss: float | None
-    gradient_norm: float | None
-    updates: int
     flags: SlotFlag
 
 
@@ -71,8 +62,6 @@ class ReplayRing:
             ("balanced"): class-balancing reservoir sampling (Chrysakis and Moens 2020), with the completion as the
             class, which is a reservoir where no completion comes twice. That is within an expert: of several each has
             room by its share of the newest samples, since what no update reaches needs no rehearsal.
-        draw: chance of a sample to be drawn: equal, or in proportion to its last loss or gradient norm; and of the
-            samples of an expert together, its share of the newest samples.
         seed: of the draws and of the reservoir.
 
     Raises:
@@ -86,20 +75,18 @@ class ReplayRing:
         *,
         vocab_size: int,
         keep: Keep = "recent",
-        draw: Draw = "uniform",
         seed: int = 0,
     ) -> None:
         if capacity < 1 or slot_tokens < 1:
             raise ValueError(f"a ring of {capacity} slots of {slot_tokens} tokens is none: both start at 1")
         if not 1 <= vocab_size <= 2**32:
             raise ValueError(f"vocab_size is {vocab_size}: slots hold ids of 1 to 2^32 different tokens")
-        if keep not in get_args(Keep) or draw not in get_args(Draw):
-            raise ValueError(f"keep={keep!r}, draw={draw!r}: choose from {get_args(Keep)} and {get_args(Draw)}")
+        if keep not in get_args(Keep):
+            raise ValueError(f"keep={keep!r}: choose from {get_args(Keep)}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: choose 0 to 2^64 - 1")
         self.capacity, self.slot_tokens, self.vocab_size = capacity, slot_tokens, vocab_size
         self.keep: Keep = keep
-        self.policy: Draw = draw
         self.seed = seed
         self.seen = 0
         self.storage = host_zeros(capacity, slot_tokens, dtype=torch.uint16 if vocab_size <= 2**16 else torch.uint32)
@@ -164,8 +151,7 @@ class ReplayRing:
             return None
         if slot in self._order:
             self._forget(slot)
-        values = (len(tokens), prompt_length, owner, uid, np.nan, np.nan, 0, 0, completion,
-                  offered)
+        values = (len(tokens), prompt_length, owner, uid, 0, completion, offered)
         for key, value in zip(_COLUMNS, values, strict=True):
             self._columns[key][slot] = value
         self._count(completion, owner)
@@ -188,9 +174,6 @@ class ReplayRing:
             prompt_length=row["prompt_length"],
             expert=self._owners.names[row["expert"]],
             uid=row["uid"],
-            loss=None if np.isnan(row["loss"]) else row["loss"],
-            gradient_norm=None if np.isnan(row["gradient_norm"]) else row["gradient_norm"],
-            updates=row["updates"],
             flags=SlotFlag(row["flags"]),
         )
 
@@ -212,30 +195,14 @@ class ReplayRing:
         """Slot of the sample with this number, None if it is not in the ring."""
         return self._by_uid.get(uid)
 
-    def mark(
-        self,
-        slot: int,
-        flags: SlotFlag = SlotFlag(0),  # noqa: B008 (a constant)
-        *,
-        loss: float | None = None,
-        gradient_norm: float | None = None,
-        updates: int = 0,
-    ) -> None:
-        """Set flags, store measured priorities, and count `updates` more updates of a sample.
+    def mark(self, slot: int, flags: SlotFlag) -> None:
+        """Set flags of a sample.
 
         Raises:
-            ValueError: the slot is empty, or a priority is negative or not finite. Nothing changed.
+            ValueError: the slot is empty.
         """
         self._check_used(slot)
-        measured = {"loss": loss, "gradient_norm": gradient_norm}
-        for key, value in measured.items():
-            if value is not None and not 0 <= value < np.inf:
-                raise ValueError(f"{key} of slot {slot} is {value}: a priority must be finite and at least 0")
-        for key, value in measured.items():
-            if value is not None:
-                self._columns[key][slot] = value
         self._columns["flags"][slot] |= int(flags)
-        self._columns["updates"][slot] += updates
 
     def hand_over(self, slot: int, expert: str) -> None:
         """Make a sample one of another expert.
@@ -260,6 +227,8 @@ class ReplayRing:
              but: Collection[str] = ()) -> list[int]:
         """`n` different slots by chance, fewer when the ring holds fewer; depends on ring, seed and counter.
 
+        All samples of an expert have the same chance, together its share of the newest samples.
+
         Args:
             counter: number of this draw, 0 <= counter < 2^63; another counter gives an independent draw.
             exclude: slots that are not to be drawn.
@@ -274,7 +243,7 @@ class ReplayRing:
         if but:
             left_out = [number for number, name in enumerate(names) if name in but]
             used = used[~np.isin(self._columns["expert"][used], left_out)]
-        weights = self._weights(used) * self._owners.chances(self._columns["expert"][used])
+        weights = self._owners.chances(self._columns["expert"][used])
         source = self._random(_DRAWS, counter)
         drawn = []
         for _ in range(min(n, len(used))):
@@ -413,17 +382,6 @@ class ReplayRing:
         """Note how many samples of an expert have a completion now."""
         slots = self._group(completion, owner)
         self._alike[slots] = len(slots)
-
-    def _weights(self, slots: np.ndarray) -> np.ndarray:
-        """Relative chances `[n]`: what was not measured yet counts like the largest that was."""
-        if self.policy == "uniform":
-            return np.ones(len(slots))
-        priority = self._columns[self.policy][slots]
-        largest = np.nanmax(priority) if np.isfinite(priority).any() else 0.0
-        if largest == 0.0:
-            return np.ones(len(slots))
-        weights = np.where(np.isnan(priority), 1.0, priority / largest)
-        return np.maximum(weights, _FLOOR * weights.mean())
 
     def _random(self, stream: int, counter: int) -> np.random.Philox:
         """Counter-based source; raw words, because numpy promises their values across its versions."""

@@ -15,7 +15,7 @@ from ogpstream.learner import ConfigError, LearnerConfig
         {"rank": 0}, {"alpha": 0.0}, {"max_active": 0}, {"lr": 0.0}, {"lr": math.nan}, {"basis_columns": 0},
         {"max_tokens": 1}, {"weight_decay": -0.1}, {"warmup": -1}, {"replay_every": -1}, {"rehearsals": -1},
         {"novelty": 1.5}, {"warm_share": -0.1}, {"warm_energy": math.nan}, {"held_rank": 0}, {"optimizer": "lion"},
-        {"guard": "ewc"}, {"basis_scope": "model"}, {"ring_keep": "all"}, {"ring_draw": "age"},
+        {"guard": "ewc"}, {"basis_scope": "model"}, {"ring_keep": "all"},
         {"warmup": 10, "total_updates": 10}, {"novelty": 1.0}, {"use_window": 15}, {"basis_columns": 600},
         {"rank": 3.0}, {"lr": math.inf}, {"weight_decay": math.nan}, {"eps": -1.0}, {"seed": -1},
         {"restart_after": -1}, {"restart_loss": 2.0}, {"shared_tokens": -1},

@@ -114,7 +114,6 @@ def test_every_sixteenth_sample_brings_back_one_old_one(make: MakeLearner) -> No
     assert (len(ring), ring.seen) == (33, 33)
     again = [slot for slot in map(ring.get, ring.slots) if slot.flags & SlotFlag.REHEARSED]
     assert 1 <= len(again) <= 2
-    assert sum(slot.updates for slot in map(ring.get, ring.slots)) == 35
 
 
 def test_rehearsal_goes_by_count_in_a_batch(make: MakeLearner) -> None:
@@ -125,7 +124,6 @@ def test_rehearsal_goes_by_count_in_a_batch(make: MakeLearner) -> None:
     assert learner.state.counters.gradients == 17 + 0 + 1 + 2 * 15
     assert learner.state.counters.updates == 17
     assert learner.state.ring.seen == 17
-    assert sum(slot.updates for slot in map(learner.state.ring.get, learner.state.ring.slots)) == 17 + 31
 
 
 @pytest.mark.parametrize("below", [3.0, 1e-9])
@@ -134,14 +132,14 @@ def test_a_new_sample_of_a_batch_is_updated_until_it_counts_as_learned(make: Mak
     columns = learner.state.protection.columns
     (report,) = learner.learn_batch([_sample(0)])
     (slot,) = map(learner.state.ring.get, learner.state.ring.slots)
-    assert report.updates == slot.updates == learner.state.counters.updates == learner.state.counters.gradients
+    assert report.updates == learner.state.counters.updates == learner.state.counters.gradients
     assert learner.state.counters.learned == learner.state.ring.seen == 1
     if below < 1:
         assert (report.updates, report.sticks) == (7, False)
         assert not slot.flags & SlotFlag.LEARNED and learner.state.protection.columns == columns
         return
-    # the loss that the last of them found, and the one before did not
-    assert 2 < report.updates < 7 and report.sticks and slot.loss < 3.0 < report.loss
+    # the last of them found what the first did not
+    assert 2 < report.updates < 7 and report.sticks and report.loss > 3.0
     assert slot.flags & SlotFlag.LEARNED and learner.state.protection.columns > columns
     shorter = make(repeats=report.updates - 2, rehearsals=0, learned_below=below)
     (other,) = shorter.learn_batch([_sample(0)])
@@ -225,7 +223,8 @@ def test_consolidate_rehearses_what_waits_once(make: MakeLearner) -> None:
         learner.learn_one(_sample(seed))
     report = learner.consolidate()
     assert report.updates == 4 and report.mean_loss is not None and report.version == learner.version
-    assert [slot.updates for slot in map(learner.state.ring.get, learner.state.ring.slots)] == [2] * 4
+    # each once more
+    assert learner.state.counters.gradients == 2 * 4 and learner.state.ring.pending() == []
     before = learner.state_sha256()
     assert learner.consolidate().updates == 0
     assert learner.state_sha256() == before

@@ -27,9 +27,6 @@ class Kept:
     expert: str
     uid: int
     flags: SlotFlag = SlotFlag(0)
-    updates: int = 0
-    loss: float | None = None
-    gradient_norm: float | None = None
 
 
 class RingMachine(RuleBasedStateMachine):
@@ -72,13 +69,11 @@ class RingMachine(RuleBasedStateMachine):
             self.ring.get(kept.slot)
 
     @precondition(lambda self: self.kept)
-    @rule(data=st.data(), loss=st.none() | st.floats(0, 1e300), flags=st.sampled_from(list(SlotFlag)))
-    def mark(self, data: st.DataObject, loss: float | None, flags: SlotFlag) -> None:
+    @rule(data=st.data(), flags=st.sampled_from(list(SlotFlag)))
+    def mark(self, data: st.DataObject, flags: SlotFlag) -> None:
         kept = data.draw(st.sampled_from(self.kept))
-        self.ring.mark(kept.slot, flags, loss=loss, updates=1)
+        self.ring.mark(kept.slot, flags)
         kept.flags |= flags
-        kept.updates += 1
-        kept.loss = kept.loss if loss is None else loss
 
     @rule()
     def reload(self) -> None:
@@ -119,7 +114,6 @@ def reloaded(ring: ReplayRing, **settings: Any) -> ReplayRing:
     settings = {
         "vocab_size": ring.vocab_size,
         "keep": ring.keep,
-        "draw": ring.policy,
         "seed": ring.seed,
         **settings,
     }
@@ -342,47 +336,22 @@ def chances(ring: ReplayRing, draws: int = 3000) -> list[float]:
     return [drawn[slot] / draws for slot in range(ring.capacity)]
 
 
-def test_uniform_draws_ignore_priorities() -> None:
+def test_all_samples_of_an_expert_have_the_same_chance() -> None:
     ring = filled(4, capacity=4)
-    ring.mark(0, loss=100.0, gradient_norm=100.0)
+    ring.mark(0, SlotFlag.LEARNED)
     assert chances(ring) == pytest.approx([0.25] * 4, abs=0.03)
 
 
-@pytest.mark.parametrize("policy", ["loss", "gradient_norm"])
-@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e307])
-def test_draws_follow_the_priority_and_starve_none(policy: str, scale: float) -> None:
-    ring = filled(4, capacity=4, draw=policy)
-    assert chances(ring, 2000) == pytest.approx([0.25] * 4, abs=0.05)
-    for slot, priority in enumerate((1.0, 4.0, 0.0)):
-        ring.mark(slot, **{policy: priority * scale})  # type: ignore[arg-type]
-    # the last was never measured: like the largest; the third has the floor, a tenth of the mean (9 / 4)
-    expected = np.array([1.0, 4.0, 0.225, 4.0])
-    measured = chances(ring)
-    assert measured == pytest.approx(list(expected / expected.sum()), abs=0.03)
-    # 73 draws expected of the third, standard deviation below 9
-    assert 0.01 < measured[2] < 0.04
-    ring.mark(1, **{policy: 0.0})  # type: ignore[arg-type]
-    for slot in (0, 3):
-        ring.mark(slot, **{policy: 0.0})  # type: ignore[arg-type]
-    assert chances(ring, 2000) == pytest.approx([0.25] * 4, abs=0.05)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_a_priority_that_is_no_size_is_refused(value: float) -> None:
-    ring = filled(2)
-    for key in ("loss", "gradient_norm"):
-        with pytest.raises(ValueError, match=key):
-            ring.mark(0, SlotFlag.REHEARSED, updates=1, **{key: value})
-    assert ring.get(0).flags == SlotFlag(0) and ring.get(0).updates == 0
+def test_an_empty_slot_is_not_marked() -> None:
     with pytest.raises(ValueError, match="empty"):
-        ring.mark(7, SlotFlag.REHEARSED)
+        filled(2).mark(7, SlotFlag.REHEARSED)
 
 
 def test_the_state_is_small_and_goes_on_exactly() -> None:
     ring = filled(300, capacity=64, keep="reservoir", seed=7)
     for slot in (3, 60, 17):
         ring.evict(slot)
-    ring.mark(5, SlotFlag.LEARNED, loss=0.1, gradient_norm=1e-9, updates=3)
+    ring.mark(5, SlotFlag.LEARNED)
     tensors, _ = ring.state_dict()
     assert tensors["ids"].shape == (61, 3)
     other = reloaded(ring)
@@ -421,7 +390,6 @@ def test_a_state_that_does_not_fit_changes_nothing(damage: str) -> None:
         {"vocab_size": 0},
         {"vocab_size": 2**32 + 1},
         {"keep": "newest"},
-        {"draw": "random"},
         {"seed": -1},
     ],
 )
