@@ -30,8 +30,8 @@ class EWC(Baseline):
     """Online elastic weight consolidation; `strength` is lambda."""
 
     boundaries = True
-    strengths = (1e3, 1e4, 1e5)
-    strength = 1e4
+    strengths = (1e2, 1e3, 1e4)
+    strength = 1e3
 
     def attach(self) -> None:
         super().attach()

@@ -34,8 +34,8 @@ class SI(Baseline):
     """Synaptic intelligence; `strength` is c."""
 
     boundaries = True
-    strengths = (0.1, 1.0, 10.0)
-    strength = 1.0
+    strengths = (0.01, 0.1, 1.0)
+    strength = 0.1
 
     def attach(self) -> None:
         super().attach()
