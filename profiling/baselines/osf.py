@@ -22,8 +22,8 @@ class OSF(Baseline):
 
     boundaries = True
     # it trains weights and not a product of two factors that starts at 0, so it wants smaller steps than LoRA
-    rate = 2e-4
-    rates = (5e-5, 2e-4, 5e-4)
+    rate = 5e-4
+    rates = (2e-4, 5e-4, 1e-3)
     # it has no B
     ratios = (1.0,)
     strengths = (0.25, 0.5, 0.75)
